@@ -1,0 +1,9 @@
+//! Owns bytes ↔ types, both ways, for all that crosses a network. Never decides anything.
+//!
+//! Every format is drawn in PROTOCOL.md. Numbers are big-endian. Whatever decodes is valid: ranges,
+//! text and lengths are checked here and nowhere else.
+
+pub mod bytes;
+pub mod datagram;
+pub mod desk;
+pub mod stream;

@@ -1,0 +1,444 @@
+//! Owns the control socket's language: what the command line asks a running process, and what is
+//! answered. One JSON object a line, both ways; the same lines are what `--json` prints.
+//!
+//! It is spoken over a Unix socket that only its owner can open, never over a network.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The version in every event.
+pub const VERSION: u8 = 1;
+
+/// What a process is asked. One a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "snake_case")]
+pub enum Request {
+    /// Join the network an invitation is for. → `joined`
+    Join {
+        /// `potluck1…@host:port`
+        invitation: String,
+    },
+    /// Forget the network; nothing on disk is deleted. → `left`
+    Leave,
+    /// Share a file or folder. → `hashing` …, `shared`
+    Share {
+        /// Absolute path.
+        path: PathBuf,
+        /// The name asked for; without one the base name is tried, and left out if it is taken.
+        name: Option<String>,
+    },
+    /// Stop hosting. → `unshared`
+    Unshare {
+        /// A name, id or path.
+        what: String,
+    },
+    /// Fetch. → `progress` …, `done`
+    Get {
+        /// A name, `name@version` or id.
+        what: String,
+        /// Absolute path of the file or folder to make, or of an existing folder to put it in.
+        to: PathBuf,
+        /// What to do where the target exists.
+        #[serde(default)]
+        exists: IfExists,
+        /// Give up after so many seconds without any source.
+        timeout_s: u64,
+    },
+    /// List what the network has. → `listing`
+    List {
+        /// Glob over names.
+        glob: String,
+    },
+    /// Who hosts a content. → `found`
+    Find {
+        /// A name, `name@version` or id.
+        what: String,
+    },
+    /// Connections and what goes over them. → `peers`
+    Peers,
+    /// What this process does. → `status`
+    Status,
+    /// The listing as it changes. → `listing`, then `change` … until the connection ends
+    Watch {
+        /// Glob over names.
+        glob: String,
+    },
+    /// Hash what this machine hosts again and compare. → `verifying` …, `verified`
+    Verify {
+        /// A name, id or path; all of it without one.
+        what: Option<String>,
+    },
+    /// Make an invitation (the index's process, or a peer that is an admin). → `invited`
+    Invite {
+        /// How many machines may join by it.
+        uses: u32,
+        /// For how long.
+        valid_s: u64,
+        /// `read`, `publish` or `admin`.
+        role: String,
+    },
+    /// Who is a member. → `members`
+    Members,
+    /// Remove a member, or all who joined by an invitation. → `removed`
+    RemoveMember {
+        /// A machine's id (or its first characters, or its label), or `invitation:ID`.
+        who: String,
+    },
+    /// Stop the process. → `stopping`
+    Down,
+}
+
+/// What to do when the target of a fetch exists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IfExists {
+    /// Refuse (exit code 10).
+    #[default]
+    Refuse,
+    /// Replace it once the new content is complete.
+    Overwrite,
+    /// Take the first free `name (2)`, `name (3)` …
+    Rename,
+    /// Leave it and report success.
+    Skip,
+}
+
+/// What is answered. Every line also has `"v":1`. The last line of a request is its result, or
+/// `failed`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A process serves now (`index --json`, `up --json`).
+    Ready {
+        /// Where it listens: the index's UDP and TCP port, or a peer's TCP port.
+        listen: String,
+        /// An index alone: an invitation good for 50 machines and 24 hours.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        invite: Option<String>,
+        /// The network, if any.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        network: Option<String>,
+        /// This machine's id (a peer).
+        #[serde(skip_serializing_if = "Option::is_none")]
+        peer: Option<String>,
+    },
+    /// Something worth a line on stderr.
+    Note {
+        /// The line.
+        text: String,
+    },
+    /// Joined a network.
+    Joined {
+        /// Its id.
+        network: String,
+        /// This machine's id.
+        peer: String,
+        /// What it may do.
+        role: String,
+    },
+    /// Left the network.
+    Left {
+        /// Its id.
+        network: String,
+    },
+    /// A new network was made here, with this machine as its index.
+    Founded {
+        /// An invitation to it.
+        invite: String,
+    },
+    /// Hashing goes on.
+    Hashing {
+        /// Bytes hashed.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// Shared, and the index has acknowledged it.
+    Shared {
+        /// Content id.
+        id: String,
+        /// Its name, if it has one.
+        name: Option<String>,
+        /// The version it is under that name.
+        version: Option<u32>,
+        /// Bytes.
+        size: u64,
+    },
+    /// No longer hosted.
+    Unshared {
+        /// Content ids.
+        ids: Vec<String>,
+    },
+    /// A fetch begins: what it is and where it goes.
+    Fetching {
+        /// Content id.
+        id: String,
+        /// Its name, if it was asked for by one.
+        name: Option<String>,
+        /// The version, likewise.
+        version: Option<u32>,
+        /// Bytes in all.
+        size: u64,
+        /// Bytes that are here already, verified.
+        have: u64,
+        /// Where it goes.
+        path: PathBuf,
+    },
+    /// A fetch goes on; about twice a second.
+    Progress {
+        /// Content id.
+        id: String,
+        /// Bytes verified.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+        /// Bytes a second of late.
+        rate: u64,
+        /// Hosts that sent something in the last seconds.
+        sources: u32,
+        /// Hosts connected.
+        hosts: u32,
+        /// Why it does not move, where it does not.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        waiting: Option<String>,
+    },
+    /// Complete, verified, durable, under its final name.
+    Done {
+        /// Content id.
+        id: String,
+        /// Where it is.
+        path: PathBuf,
+        /// Bytes.
+        bytes: u64,
+        /// From the request to now.
+        seconds: f64,
+        /// Who sent how much in this run.
+        sources: Vec<Source>,
+    },
+    /// The listing.
+    Listing {
+        /// Rows in order.
+        rows: Vec<Row>,
+    },
+    /// A row of the listing changed.
+    Change {
+        /// `added`, `changed` or `removed`.
+        what: String,
+        /// The row as it is now.
+        row: Row,
+    },
+    /// Who hosts a content.
+    Found {
+        /// Content id.
+        id: String,
+        /// Name, version and publisher, where it was asked for by name.
+        name: Option<String>,
+        /// The version.
+        version: Option<u32>,
+        /// Who publishes it.
+        publisher: Option<String>,
+        /// Bytes.
+        size: u64,
+        /// Hosts in all, of which `hosts` are some.
+        hosts_in_all: u32,
+        /// Hosts.
+        hosts: Vec<FoundHost>,
+    },
+    /// Connections.
+    Peers {
+        /// One a connection.
+        peers: Vec<Connection>,
+    },
+    /// What this process does.
+    Status(Box<Status>),
+    /// Verifying goes on.
+    Verifying {
+        /// Bytes hashed.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// What verifying found.
+    Verified {
+        /// Contents that are what they should be.
+        good: Vec<String>,
+        /// Contents that are not: id, path, and what is wrong.
+        bad: Vec<BadContent>,
+    },
+    /// An invitation.
+    Invited {
+        /// `potluck1…@host:port`
+        invite: String,
+        /// Its id, by which all who joined by it can be removed.
+        id: String,
+        /// Machines that may join by it.
+        uses: u32,
+        /// Seconds it is valid.
+        valid_s: u64,
+        /// The role.
+        role: String,
+    },
+    /// Members.
+    Members {
+        /// One a machine.
+        members: Vec<Member>,
+    },
+    /// Members were removed.
+    Removed {
+        /// How many.
+        count: u32,
+    },
+    /// The process stops.
+    Stopping,
+    /// The request failed.
+    Failed {
+        /// The exit code for it.
+        code: u8,
+        /// What happened and why.
+        error: String,
+        /// What to do.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
+    },
+}
+
+/// Who sent how much.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// The machine's id.
+    pub peer: String,
+    /// What it calls itself.
+    pub label: String,
+    /// Bytes of verified pieces.
+    pub bytes: u64,
+}
+
+/// One row of the listing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Row {
+    /// Content id.
+    pub id: String,
+    /// Name, if any.
+    pub name: Option<String>,
+    /// Its newest version.
+    pub version: Option<u32>,
+    /// Bytes.
+    pub size: u64,
+    /// Hosts with any of it.
+    pub hosts: u32,
+    /// Hosts with all of it.
+    pub complete: u32,
+    /// Who owns the name.
+    pub publisher: Option<String>,
+}
+
+/// A host of a content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundHost {
+    /// The machine's id.
+    pub peer: String,
+    /// Where it serves.
+    pub address: String,
+    /// Thousandths of the content that it holds.
+    pub held: u16,
+    /// How busy it is, in thousandths.
+    pub load: u16,
+}
+
+/// A connection to another peer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// The machine's id.
+    pub peer: String,
+    /// What it calls itself.
+    pub label: String,
+    /// Where it is.
+    pub address: String,
+    /// This machine dialled.
+    pub dialled: bool,
+    /// Seconds it has stood.
+    pub seconds: u64,
+    /// Bytes of pieces sent to it.
+    pub sent: u64,
+    /// Bytes of pieces received from it.
+    pub received: u64,
+}
+
+/// What a peer process does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// This machine's id.
+    pub peer: String,
+    /// The network, if it joined one.
+    pub network: Option<String>,
+    /// What this machine may do there.
+    pub role: Option<String>,
+    /// Where it looks for the index.
+    pub index: Vec<String>,
+    /// Whether the index answers.
+    pub index_reachable: bool,
+    /// This process is the index as well.
+    pub is_index: bool,
+    /// Where it serves.
+    pub listen: String,
+    /// The process.
+    pub pid: u32,
+    /// Seconds it has run.
+    pub seconds: u64,
+    /// Bytes of pieces sent.
+    pub sent: u64,
+    /// Bytes of pieces received.
+    pub received: u64,
+    /// What it hosts or fetches.
+    pub contents: Vec<ContentStatus>,
+}
+
+/// A content this machine hosts or fetches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContentStatus {
+    /// Content id.
+    pub id: String,
+    /// Name and version, if known.
+    pub name: Option<String>,
+    /// The version.
+    pub version: Option<u32>,
+    /// Where it is, or will be.
+    pub path: PathBuf,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes here, verified.
+    pub have: u64,
+    /// `sharing`, `fetching`, `waiting`, `paused` or `lost`.
+    pub state: String,
+    /// More of it for a person: why it waits, what went wrong.
+    pub note: Option<String>,
+}
+
+/// A content that is not what it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BadContent {
+    /// Content id.
+    pub id: String,
+    /// Where it should be.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub why: String,
+}
+
+/// A member of the network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// The machine's id.
+    pub peer: String,
+    /// What it calls itself.
+    pub label: String,
+    /// `read`, `publish` or `admin`.
+    pub role: String,
+    /// Seconds since 1970.
+    pub joined: u64,
+    /// The invitation it joined by.
+    pub invitation: String,
+    /// Seconds since the index heard of it; none: not since the index started.
+    pub silent_s: Option<u32>,
+}

@@ -1,0 +1,5 @@
+//! potluck
+mod clock;
+pub mod control;
+mod error;
+pub use error::{Error, ErrorKind, Result};
