@@ -1,8 +1,14 @@
 //! Owns the two cursors all formats are read and written with. Never panics on what it reads.
+//! Never writes what it would not read back.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::id::{ContentId, Kind, Name, Version};
+use crate::layout::{MAX_PIECE_LOG2, MAX_PIECES};
+
+/// The largest content, in bytes: as many pieces as there may be, of the largest size. No sum of
+/// fewer than a million sizes overflows.
+pub const MAX_CONTENT: u64 = (MAX_PIECES as u64) << MAX_PIECE_LOG2;
 
 /// Bytes that are not the format they should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -77,11 +83,47 @@ impl<'a> Reader<'a> {
 
     /// A length byte and UTF-8 text without control characters.
     pub fn text8(&mut self) -> Result<&'a str, Malformed> {
-        let text = std::str::from_utf8(self.bytes8()?).map_err(|_| Malformed("text is not UTF-8"))?;
+        let text =
+            std::str::from_utf8(self.bytes8()?).map_err(|_| Malformed("text is not UTF-8"))?;
         if text.chars().any(crate::id::is_deceptive) {
             return Err(Malformed("text holds control characters"));
         }
         Ok(text)
+    }
+
+    /// A byte that is 0 (no) or 1 (yes).
+    pub fn flag(&mut self) -> Result<bool, Malformed> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(Malformed("a flag is 0 or 1")),
+        }
+    }
+
+    /// `count` things of at least `least` bytes each. A count that the bytes left cannot hold is
+    /// refused before anything is allocated.
+    pub fn many<T>(
+        &mut self,
+        count: usize,
+        least: usize,
+        mut one: impl FnMut(&mut Self) -> Result<T, Malformed>,
+    ) -> Result<Vec<T>, Malformed> {
+        if count.checked_mul(least).is_none_or(|bytes| bytes > self.0.len()) {
+            return Err(Malformed("it ends too early"));
+        }
+        let mut all = Vec::with_capacity(count);
+        for _ in 0..count {
+            all.push(one(self)?);
+        }
+        Ok(all)
+    }
+
+    /// A content's size: eight bytes, at most [`MAX_CONTENT`].
+    pub fn size(&mut self) -> Result<u64, Malformed> {
+        match self.u64()? {
+            size if size <= MAX_CONTENT => Ok(size),
+            _ => Err(Malformed("no content is so large")),
+        }
     }
 
     /// A content id: kind byte (0 file, 1 folder), 32 bytes of hash.
@@ -112,14 +154,26 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// An address: family byte (4, 6), address, port.
+    /// An address: family byte (4, 6), address, port. An IPv4 address is never written as IPv6.
     pub fn address(&mut self) -> Result<SocketAddr, Malformed> {
         let ip: IpAddr = match self.u8()? {
             4 => Ipv4Addr::from(self.array::<4>()?).into(),
             6 => Ipv6Addr::from(self.array::<16>()?).into(),
             _ => return Err(Malformed("an address is IPv4 or IPv6")),
         };
+        if ip != ip.to_canonical() {
+            return Err(Malformed("an IPv4 address is written as IPv6"));
+        }
         Ok(SocketAddr::new(ip, self.u16()?))
+    }
+
+    /// Nothing but zeroes may be left.
+    pub fn padding(&self) -> Result<(), Malformed> {
+        if self.0.iter().all(|byte| *byte == 0) {
+            Ok(())
+        } else {
+            Err(Malformed("its padding is not zero"))
+        }
     }
 
     /// Nothing may be left.
@@ -158,13 +212,18 @@ pub trait Writer {
         self.u16(bytes.len() as u16);
         self.put(bytes);
     }
-    /// Text, cut at a character to at most 255 bytes.
+    /// Text without its control characters, cut at a character to at most 255 bytes.
     fn text8(&mut self, text: &str) {
-        let mut end = text.len().min(255);
-        while !text.is_char_boundary(end) {
-            end -= 1;
+        self.text_within(text, 255);
+    }
+    /// Text without its control characters, cut at a character to at most `most` (≤ 255) bytes.
+    fn text_within(&mut self, text: &str, most: usize) {
+        if text.chars().any(crate::id::is_deceptive) {
+            let clean: String = text.chars().filter(|c| !crate::id::is_deceptive(*c)).collect();
+            self.bytes8(clean[..clean.floor_char_boundary(most)].as_bytes());
+        } else {
+            self.bytes8(text[..text.floor_char_boundary(most)].as_bytes());
         }
-        self.bytes8(&text.as_bytes()[..end]);
     }
     /// A content id.
     fn content(&mut self, id: &ContentId) {
@@ -189,6 +248,36 @@ pub trait Writer {
         self.u16(address.port());
     }
 }
+
+/// Defines an enum of stable numbers together with the way back from a number.
+macro_rules! numbers {
+    (
+        $(#[$of_enum:meta])*
+        pub enum $name:ident else $unknown:literal {
+            $($(#[$of_variant:meta])* $variant:ident = $number:literal,)+
+        }
+    ) => {
+        $(#[$of_enum])*
+        #[repr(u16)]
+        pub enum $name {
+            $($(#[$of_variant])* $variant = $number,)+
+        }
+
+        impl $name {
+            /// All there are, by number.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// The one with this number.
+            pub const fn from_number(number: u16) -> Result<Self, Malformed> {
+                match number {
+                    $($number => Ok(Self::$variant),)+
+                    _ => Err(Malformed($unknown)),
+                }
+            }
+        }
+    };
+}
+pub(super) use numbers;
 
 impl Writer for Vec<u8> {
     fn u8(&mut self, n: u8) {

@@ -3,6 +3,8 @@
 //! Every format is drawn in PROTOCOL.md. Numbers are big-endian. Whatever decodes is valid: ranges,
 //! text and lengths are checked here and nowhere else.
 
+#[cfg(test)]
+pub(crate) mod arbitrary;
 pub mod bytes;
 pub mod datagram;
 pub mod desk;
