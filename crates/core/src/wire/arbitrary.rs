@@ -50,6 +50,11 @@ pub(crate) fn text(most: usize) -> impl Strategy<Value = String> {
     )
 }
 
+/// What a machine may be called.
+pub(crate) fn label() -> impl Strategy<Value = String> {
+    text(MAX_LABEL).prop_map(|text| crate::trust::clean_label(&text))
+}
+
 pub(crate) fn name() -> impl Strategy<Value = Name> {
     prop_oneof![
         8 => "[a-z0-9][a-z0-9._-]{0,20}",
@@ -81,7 +86,7 @@ pub(crate) fn role() -> impl Strategy<Value = Role> {
 }
 
 pub(crate) fn certificate() -> impl Strategy<Value = Certificate> {
-    (peer(), peer(), any::<u32>(), role(), (time(), time()), text(MAX_LABEL), signature()).prop_map(
+    (peer(), peer(), any::<u32>(), role(), (time(), time()), label(), signature()).prop_map(
         |(network, peer, member, role, (not_before, not_after), label, signature)| Certificate {
             network: NetworkId(network.0),
             peer,
