@@ -113,3 +113,21 @@ pub(crate) fn address() -> impl Strategy<Value = SocketAddr> {
         }),
     ]
 }
+
+/// Bytes that are nearly a format: written well, then changed, cut or lengthened in a few places.
+pub(crate) fn bent(good: impl Strategy<Value = Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
+    let change = (0u8..6, any::<prop::sample::Index>(), prop_oneof![0u8..4, any::<u8>()]);
+    (good, vec(change, 0..4)).prop_map(|(mut bytes, changes)| {
+        for (how, at, byte) in changes {
+            let at = at.index(bytes.len() + 1);
+            match how {
+                0 => bytes.truncate(at),
+                1 => bytes.insert(at, byte),
+                2 => bytes.push(byte),
+                _ if at < bytes.len() => bytes[at] = byte,
+                _ => {}
+            }
+        }
+        bytes
+    })
+}

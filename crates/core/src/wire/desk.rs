@@ -6,7 +6,7 @@
 use super::bytes::{Malformed, Reader, Writer, numbers};
 use crate::id::{MemberNumber, NetworkId, PeerId};
 use crate::time::WallTime;
-use crate::trust::{Certificate, MAX_LABEL, RevocationList, Role, clean_label};
+use crate::trust::{Certificate, RevocationList, Role, clean_label};
 
 /// The longest frame at the desk, either way (a long member list is what needs the room).
 pub const MAX_FRAME: usize = 1 << 20;
@@ -440,7 +440,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trust::MAX_REVOKED;
+    use crate::trust::{MAX_LABEL, MAX_REVOKED};
     use crate::wire::arbitrary::*;
     use proptest::collection::vec;
     use proptest::option;
@@ -529,6 +529,15 @@ mod tests {
             let bytes = answer.encode();
             prop_assert!(bytes.len() <= MAX_FRAME);
             prop_assert_eq!(Answer::decode(&bytes), Ok(answer));
+        }
+
+        #[test]
+        fn bent_frames_of_the_desk_are_refused_or_have_one_form(
+            question in bent(ask().prop_map(|ask| ask.encode())),
+            answer in bent(answer().prop_map(|answer| answer.encode())),
+        ) {
+            crate::wire::check::desk(&question);
+            crate::wire::check::desk(&answer);
         }
 
         #[test]
