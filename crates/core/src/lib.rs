@@ -25,6 +25,8 @@ pub mod bitfield;
 pub mod fault;
 pub mod id;
 pub mod layout;
+pub mod manifest;
+pub mod proof;
 pub mod seal;
 pub mod time;
 pub mod trust;

@@ -2,4 +2,5 @@
 mod clock;
 pub mod control;
 mod error;
+mod store;
 pub use error::{Error, ErrorKind, Result};
