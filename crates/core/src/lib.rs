@@ -26,6 +26,7 @@ pub mod dice;
 pub mod fault;
 pub mod id;
 pub mod layout;
+pub mod link;
 pub mod manifest;
 pub mod proof;
 pub mod seal;
