@@ -4,6 +4,8 @@
 //!
 //! `POTLUCK_WRITE_SAMPLES=1 cargo test -p potluck-core --test corpus` writes them anew.
 
+#![expect(clippy::unwrap_used, reason = "what cannot be made or read fails the test")]
+
 use std::path::PathBuf;
 
 use potluck_core::bitfield::Bitfield;
