@@ -22,10 +22,17 @@
 //! | `sim` | a seeded world to try them in (feature `sim`) |
 
 pub mod bitfield;
+pub mod dice;
 pub mod fault;
 pub mod id;
 pub mod layout;
+pub mod manifest;
+pub mod proof;
 pub mod seal;
+pub mod sharing;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
+pub mod swarm;
 pub mod time;
 pub mod trust;
 pub mod wire;

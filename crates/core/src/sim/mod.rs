@@ -1,0 +1,4 @@
+//! A seeded world to try the machines in. Owns the clock and the network of that world; never used
+//! by the running program.
+
+pub mod swarm_world;
