@@ -26,6 +26,8 @@ pub mod dice;
 pub mod fault;
 pub mod id;
 pub mod layout;
+mod pace;
+mod rarity;
 pub mod seal;
 pub mod sharing;
 #[cfg(any(test, feature = "sim"))]
