@@ -28,7 +28,9 @@ pub mod id;
 pub mod layout;
 pub mod link;
 pub mod manifest;
+mod pace;
 pub mod proof;
+mod rarity;
 pub mod seal;
 pub mod sharing;
 #[cfg(any(test, feature = "sim"))]
