@@ -1,7 +1,7 @@
 //! Owns `potluck demo`: the whole story on one machine, with real processes, real sockets and real
 //! files in a temporary folder that is gone afterwards. Never touches this machine's own state.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -49,7 +49,7 @@ pub(crate) fn demo(cx: &Context, path: Option<&Path>) -> Result<()> {
     }
     if let Err(error) = played {
         for log in stage.logs() {
-            let tail = log_tail(&log);
+            let tail = log_tail(&log, 0);
             if !tail.is_empty() {
                 let who = log.file_stem().unwrap_or_default().to_string_lossy().into_owned();
                 cx.tell(&format!("the last words of {who}:{tail}"));
@@ -89,9 +89,7 @@ fn play(cx: &Context, stage: &Stage, path: Option<PathBuf>) -> Result<()> {
     step.done(&format!("alice shares {}", names.join(" and ")))?;
 
     let step = Step::new(cx);
-    for content in &contents {
-        wait_until_seen(&seen, &content.id)?;
-    }
+    wait_until_seen(&seen, &contents)?;
     step.done("dora, who watches the listing, has seen it appear")?;
 
     let step = Step::new(cx);
@@ -317,16 +315,17 @@ fn watch(cx: &Context, socket: PathBuf) -> Result<Receiver<String>> {
     Ok(seen)
 }
 
-fn wait_until_seen(seen: &Receiver<String>, id: &str) -> Result<()> {
+/// Waits until all of these have been seen, in whatever order.
+fn wait_until_seen(seen: &Receiver<String>, contents: &[Content]) -> Result<()> {
+    let mut missing: BTreeSet<&str> = contents.iter().map(|content| content.id.as_str()).collect();
     let until = Instant::now() + WATCH_WAIT;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        match seen.recv_timeout(left) {
-            Ok(row) if row == id => return Ok(()),
-            Ok(_) => {}
+    while !missing.is_empty() {
+        match seen.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(id) => missing.remove(id.as_str()),
             Err(_) => return Err(wrong("the listing did not show what was shared")),
-        }
+        };
     }
+    Ok(())
 }
 
 /// What alice shares.

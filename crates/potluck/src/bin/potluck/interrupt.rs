@@ -46,8 +46,9 @@ impl Drop for Hooked {
 fn listen() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        let wanted = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored(*signal));
         // Where this fails a signal ends the process as it would any other.
-        let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) else { return };
+        let Ok(mut signals) = Signals::new(wanted) else { return };
         let watch = move || {
             for _ in signals.forever() {
                 let mut state = state();
@@ -64,6 +65,14 @@ fn listen() {
         };
         let _ = thread::Builder::new().name("signals".into()).spawn(watch);
     });
+}
+
+/// Whether whoever started this wants the signal ignored, as `nohup` does with SIGHUP.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
 }
 
 fn state() -> MutexGuard<'static, State> {

@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::args::{Common, Listen};
 use crate::interrupt;
 use crate::render::{err, out, plain_lines};
+use crate::serve::log;
 
 /// The log of a background peer is begun anew where it is longer than this at the start.
 const LOG_LIMIT_BYTES: u64 = 4 * 1024 * 1024;
@@ -81,6 +82,17 @@ impl Context {
 
     pub(crate) fn socket(&self, role: Role) -> PathBuf {
         socket_path(&self.state, role)
+    }
+
+    /// Fails where such a process of this state folder runs.
+    pub(crate) fn must_not_run(&self, role: Role, hint: &str) -> Result<()> {
+        let Some(running) = Client::connect(&self.socket(role))? else { return Ok(()) };
+        let (pid, state) = (running.pid(), self.state.display());
+        let text = match role {
+            Role::Peer => format!("a peer runs already for {state} (process {pid})"),
+            Role::Index => format!("an index runs already for {state} (process {pid})"),
+        };
+        Err(Error::new(ErrorKind::Exists, text).hint(hint))
     }
 
     /// Settings of a peer in this process.
@@ -152,13 +164,8 @@ impl Line {
 
     /// To a peer in this process, that other commands of this state folder find as well.
     pub(crate) fn here(cx: &Context, listen: &Listen) -> Result<Self> {
-        if let Some(running) = Client::connect(&cx.socket(Role::Peer))? {
-            return Err(Error::new(
-                ErrorKind::Exists,
-                format!("a peer runs already (process {})", running.pid()),
-            )
-            .hint("leave out --foreground to use it, or stop it: potluck down"));
-        }
+        cx.must_not_run(Role::Peer, "leave out --foreground to use it, or stop it: potluck down")?;
+        log(cx);
         let peer = Peer::open(cx.settings(listen))?;
         peer.serve_control()?;
         Ok(Self::Here(Arc::new(peer)))
@@ -176,6 +183,7 @@ impl Line {
         let mut see = |event: &Event| -> Result<()> {
             match event {
                 Event::Failed { .. } => failure = event.failure(),
+                Event::Unknown => {}
                 _ => cx.event(event)?,
             }
             resolved |= event.is_result();
@@ -264,6 +272,7 @@ fn start(cx: &Context, listen: &Listen) -> Result<()> {
     command.args(std::iter::repeat_n("-v", usize::from(cx.verbose)));
     // It makes a session of its own at once, and keeps nobody from unmounting this folder.
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    let logged_before = fs::metadata(&log_path).map_or(0, |log| log.len());
     let mut child = command.spawn().map_err(|e| cannot(&e))?;
     let said = child.stdout.take().map_or(Ok(None), first_event);
     drop(lock);
@@ -282,7 +291,10 @@ fn start(cx: &Context, listen: &Listen) -> Result<()> {
             };
             Err(Error::new(
                 ErrorKind::Other,
-                format!("potluck did not start in the background: {why}{}", log_tail(&log_path)),
+                format!(
+                    "potluck did not start in the background: {why}{}",
+                    log_tail(&log_path, logged_before)
+                ),
             )
             .hint(format!("its log: {}", log_path.display())))
         }
@@ -311,11 +323,12 @@ fn open_log(path: &Path) -> std::io::Result<File> {
     Ok(log)
 }
 
-pub(crate) fn log_tail(path: &Path) -> String {
+/// The last lines that were logged after the first `before` bytes, each on a line of its own.
+pub(crate) fn log_tail(path: &Path, before: u64) -> String {
     let read = || -> std::io::Result<Vec<u8>> {
         let mut log = File::open(path)?;
         let length = log.metadata()?.len();
-        log.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))?;
+        log.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES).max(before)))?;
         let mut end = Vec::new();
         log.take(LOG_TAIL_BYTES).read_to_end(&mut end)?;
         Ok(end)
@@ -378,9 +391,10 @@ mod tests {
         let path = folder.path().join("log");
         fs::write(&path, "one\ntwo\nthree\nfour\nfive\nsix\n").unwrap();
         assert_eq!(open_log(&path).unwrap().metadata().unwrap().len(), 28);
-        assert_eq!(log_tail(&path), "\n  | two\n  | three\n  | four\n  | five\n  | six");
+        assert_eq!(log_tail(&path, 24), "\n  | six");
+        assert_eq!(log_tail(&path, 0), "\n  | two\n  | three\n  | four\n  | five\n  | six");
         File::create(&path).unwrap().set_len(LOG_LIMIT_BYTES + 1).unwrap();
         assert_eq!(open_log(&path).unwrap().metadata().unwrap().len(), 0);
-        assert_eq!(log_tail(&path), "");
+        assert_eq!(log_tail(&path, 0), "");
     }
 }

@@ -1,5 +1,5 @@
 //! Owns what is seen of work under way, on stderr: a bar on a terminal, else a line every ten
-//! seconds and a last one. Never knows what the work is.
+//! seconds. Never knows what the work is, nor says how it ended: that is the verb's last line.
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::process::Context;
-use crate::render::{err, pair, plain, rate, span};
+use crate::render::{count, err, pair, plain, rate, span};
 
 /// Between two lines where stderr is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -16,7 +16,6 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub(crate) struct Meter {
     look: Look,
     began: Option<Instant>,
-    last: String,
 }
 
 enum Look {
@@ -41,7 +40,7 @@ impl Meter {
         } else {
             Look::Lines { next: Instant::now() + LINE_EVERY }
         };
-        Self { look, began: None, last: String::new() }
+        Self { look, began: None }
     }
 
     /// `done` of `total` bytes, at a rate measured here; `what` is being done.
@@ -68,7 +67,7 @@ impl Meter {
         } else {
             text.push_str(&pace(done, total, speed));
             if sources > 0 {
-                text.push_str(&format!("  from {sources}"));
+                text.push_str(&format!("  from {}", count(sources.into(), "peer", "peers")));
             }
         }
         self.show(done, total, text);
@@ -83,11 +82,10 @@ impl Meter {
                 bar.set_message(text);
             }
             Look::Lines { next } => {
-                let percent = done.saturating_mul(100).checked_div(total).unwrap_or(100);
-                self.last = format!("{percent:>3} %  {text}");
                 if Instant::now() >= *next {
                     *next += LINE_EVERY;
-                    err(&std::mem::take(&mut self.last));
+                    let percent = done.saturating_mul(100).checked_div(total).unwrap_or(100);
+                    err(&format!("{percent:>3} %  {text}"));
                 }
             }
         }
@@ -95,13 +93,10 @@ impl Meter {
 }
 
 impl Drop for Meter {
-    /// Takes the bar away; where there are lines, writes the last.
+    /// Takes the bar away.
     fn drop(&mut self) {
-        match &self.look {
-            Look::Silent => {}
-            Look::Bar(bar) => bar.finish_and_clear(),
-            Look::Lines { .. } if self.last.is_empty() => {}
-            Look::Lines { .. } => err(&self.last),
+        if let Look::Bar(bar) = &self.look {
+            bar.finish_and_clear();
         }
     }
 }

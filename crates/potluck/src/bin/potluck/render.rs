@@ -40,8 +40,11 @@ pub(crate) fn size(bytes: u64) -> String {
 /// `15.8/131.4 GB`: both in the unit of the second.
 pub(crate) fn pair(done: u64, total: u64) -> String {
     let power = unit_of(total);
-    let (done, (total, unit)) = (scaled(done, power).0, scaled(total, power));
-    format!("{done}/{total} {unit}")
+    let (total, unit) = scaled(total, power);
+    // Always with its decimal, so that what follows does not jump to and fro.
+    let decimals = usize::from(power > 0);
+    let done = done as f64 / 1000_f64.powi(i32::from(power));
+    format!("{done:.decimals$}/{total} {unit}")
 }
 
 /// `112 MB/s`, `2.9 GB/s`: no more digits than matter.
@@ -255,6 +258,7 @@ mod tests {
         let want = ["0 B", "999 B", "1 kB", "1.5 kB", "64 MB", "131.4 GB", "1 MB", "18.4 EB"];
         assert_eq!(texts, want);
         assert_eq!(pair(15_800_000_000, 131_400_000_000), "15.8/131.4 GB");
+        assert_eq!(pair(1_000_000, 3_000_000), "1.0/3 MB");
         assert_eq!(pair(0, 0), "0/0 B");
         assert_eq!(rate(112_300_000), "112 MB/s");
         assert_eq!(rate(2_900_000_000), "2.9 GB/s");

@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Read};
 use std::thread;
 
 use potluck::control::Event;
+use potluck::daemon::Role;
 use potluck::{Error, Index, IndexSettings, Peer, Result};
 use tracing_subscriber::EnvFilter;
 
@@ -17,7 +18,8 @@ pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
         // The terminal's end, and its Ctrl-C, are no longer ours. It fails where it is so already.
         let _ = rustix::process::setsid();
     }
-    log(cx, "info");
+    cx.must_not_run(Role::Peer, "stop it: potluck down; or give another --state")?;
+    log(cx);
     let peer = Peer::open(cx.settings(&args.listen))?;
     peer.serve_control()?;
     let ready = peer.ready();
@@ -44,7 +46,8 @@ pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
 }
 
 pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
-    log(cx, "info");
+    cx.must_not_run(Role::Index, "stop it: potluck down --index; or give another --state")?;
+    log(cx);
     let index = Index::open(IndexSettings {
         state: cx.state.clone(),
         listen: args.listen,
@@ -78,11 +81,13 @@ pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
     cx.event(&Event::Stopping)
 }
 
-/// Logs go to stderr: from `level` on, or more by `-v`, or as `POTLUCK_LOG` says.
-pub(crate) fn log(cx: &Context, level: &str) {
+/// Logs go to stderr: for a person what is odd, for a log file what a user would care about too;
+/// more by `-v`, or as `POTLUCK_LOG` says.
+pub(crate) fn log(cx: &Context) {
     let level = match (cx.quiet, cx.verbose) {
         (true, _) => "error",
-        (_, 0) => level,
+        (_, 0) if std::io::stderr().is_terminal() => "warn",
+        (_, 0) => "info",
         (_, 1) => "debug",
         _ => "trace",
     };

@@ -147,7 +147,9 @@ fn fetch(cx: &Context, line: &Line, request: &Request, again: &str) -> Result<()
     }
     asked?;
     if let Some((path, bytes, seconds, sources)) = done {
-        cx.remark(&summary(&of, bytes, seconds, &sources));
+        if !of.is_empty() {
+            cx.remark(&summary(&of, bytes, seconds, &sources));
+        }
         cx.say(&path_result(&path));
     }
     Ok(())
