@@ -80,7 +80,7 @@ fn play(cx: &Context, stage: &Stage, path: Option<PathBuf>) -> Result<()> {
     let step = Step::new(cx);
     stage.start_peers(&invitation)?;
     step.done(&format!("{} run and have joined by its invitation", PEERS.join(", ")))?;
-    let seen = watch(cx, stage.peer("dora"))?;
+    let seen = watch(cx, &stage.peer("dora"))?;
 
     let step = Step::new(cx);
     let contents: Vec<Content> =
@@ -286,9 +286,9 @@ fn ready(who: &str, stdout: ChildStdout) -> Result<Event> {
 }
 
 /// Shows every change of the listing as it comes; what was seen comes out of the channel.
-fn watch(cx: &Context, socket: PathBuf) -> Result<Receiver<String>> {
+fn watch(cx: &Context, socket: &Path) -> Result<Receiver<String>> {
     let (tell, seen) = channel();
-    let mut answers = connect(&socket)?.request(&Request::Watch { glob: "*".into() })?;
+    let mut answers = connect(socket)?.request(&Request::Watch { glob: "*".into() })?;
     // The listing as it is comes first: from then on nothing is missed.
     match answers.next() {
         Some(Ok(Event::Listing { .. })) => {}
