@@ -1,12 +1,12 @@
 //! Owns the listing: rows in order, globs over them, and which rows changed lately. Never pushes
 //! anything to anybody.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 
-use crate::id::ContentId;
+use crate::id::{ContentId, PeerId};
 use crate::wire::datagram::{MAX_GLOB, Page, ROWS_ROOM, Row, RowKey};
 
 use super::{Catalog, Slot};
@@ -104,6 +104,11 @@ impl Catalog {
         self.changes.sequence
     }
 
+    /// Whether all changes after `since` are known.
+    pub fn remembers(&self, since: u64) -> bool {
+        self.changes.after(since).is_some()
+    }
+
     /// The rows after `after` that match, as many as fit a datagram. A row that exists throughout a
     /// walk from page to page is met exactly once.
     pub fn page(&self, pattern: &Pattern, after: Option<&RowKey>) -> Scan {
@@ -140,6 +145,31 @@ impl Catalog {
                 || pattern.globs.as_ref().is_some_and(|globs| !globs.is_match(name))
                 || filling.fits(|| self.row(slot, Some(*at)))
         })
+    }
+
+    /// The whole listing. O(everything): for tests and the simulator.
+    pub fn listing(&self) -> Vec<Row> {
+        let nameless = self.nameless.values().map(|slot| self.row(*slot, None));
+        let named = self.by_name.values().filter_map(|at| {
+            let slot = self.by_id[&self.named[*at as usize].newest()?.id];
+            let hosted = !self.contents[slot as usize].hosts.is_empty();
+            hosted.then(|| self.row(slot, Some(*at)))
+        });
+        nameless.chain(named).collect()
+    }
+
+    /// All hosts of all contents, and how much each holds. O(everything): for tests and the
+    /// simulator.
+    pub fn hosts(&self) -> BTreeMap<ContentId, BTreeMap<PeerId, u16>> {
+        let mut hosts: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+        for content in &self.contents {
+            for hosting in &content.hosts {
+                if let Some(hoster) = self.hoster(hosting.member) {
+                    hosts.entry(content.id).or_default().insert(hoster.peer, hosting.held);
+                }
+            }
+        }
+        hosts
     }
 
     /// The row of a content under one of its names, or under none.

@@ -131,6 +131,14 @@ impl Catalog {
         }
     }
 
+    /// Whether exactly this record is known.
+    pub fn has_record(&self, record: &NameRecord) -> bool {
+        let at = self.by_name.get(record.name.as_str());
+        at.is_some_and(|at| {
+            self.named[*at as usize].versions.get(&record.version) == Some(record)
+        })
+    }
+
     fn forget(&mut self, at: u32, version: Version) {
         let named = &mut self.named[at as usize];
         let Some(record) = named.versions.remove(&version) else { return };
