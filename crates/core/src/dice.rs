@@ -1,42 +1,34 @@
-//! Owns dice: numbers that look random and come again from the same seed. Never makes a secret, and
-//! never asks the machine for chance: the seed is an argument.
+//! Owns chance: a small seeded generator for choices among equals. Never a source of secrets, and
+//! never seeded from here.
 
-use crate::time::Duration;
-
-/// A generator of 64 bits a throw (splitmix64, Steele, Lea & Flood 2014). Not for secrets.
-#[derive(Clone, Debug)]
-pub struct Dice(u64);
+/// A seeded generator (splitmix64, Steele, Lea and Flood 2014): the same seed, the same throws.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dice(pub u64);
 
 impl Dice {
-    /// Dice that always fall the same way for the same `seed`.
-    pub const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// 64 bits.
-    pub const fn throw(&mut self) -> u64 {
+    /// The next 64 random bits.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "dice never run out, so they are no iterator"
+    )]
+    pub const fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
 
     /// A number below `n`; 0 where `n` is 0.
-    pub const fn below(&mut self, n: usize) -> usize {
-        ((self.throw() as u128 * n as u128) >> 64) as usize
+    ///
+    /// By multiplication (Lemire 2019) without its rejection step: off by less than `n` in 2⁶⁴.
+    pub const fn below(&mut self, n: u64) -> u64 {
+        ((self.next() as u128 * n as u128) >> 64) as u64
     }
 
-    /// True in `permille` of 1,000 throws.
-    pub const fn chance(&mut self, permille: u32) -> bool {
-        self.below(1_000) < permille as usize
-    }
-
-    /// A time between three quarters and five quarters of `about`: what keeps many machines from
-    /// doing the same thing at the same moment.
-    pub fn around(&mut self, about: Duration) -> Duration {
-        let us = about.as_micros() as u64;
-        Duration::from_micros(us - us / 4 + self.below(us as usize / 2 + 1) as u64)
+    /// True with probability `p`.
+    pub fn chance(&mut self, p: f64) -> bool {
+        // 53 bits are what a double holds.
+        ((self.next() >> 11) as f64) < p * (1u64 << 53) as f64
     }
 }
 
@@ -45,17 +37,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dice_fall_the_same_way_again_and_everywhere_within_bounds() {
-        let (mut a, mut b) = (Dice::new(7), Dice::new(7));
-        let mut faces = [0; 6];
+    fn the_same_seed_throws_the_same_and_another_seed_does_not() {
+        let throws = |seed| {
+            let mut dice = Dice(seed);
+            (0..8).map(|_| dice.next()).collect::<Vec<_>>()
+        };
+        assert_eq!(throws(1), throws(1));
+        assert_ne!(throws(1), throws(2));
+        // The generator's published first value for the seed 0.
+        assert_eq!(Dice(0).next(), 0xe220_a839_7b1d_cdaf);
+    }
+
+    #[test]
+    fn every_number_below_n_comes_about_equally_often_and_none_other() {
+        let mut dice = Dice(7);
+        let mut seen = [0u32; 6];
         for _ in 0..6_000 {
-            let face = a.below(6);
-            assert_eq!(face, b.below(6));
-            faces[face] += 1;
+            seen[dice.below(6) as usize] += 1;
         }
-        assert!(faces.iter().all(|n| (850..1_150).contains(n)), "{faces:?}");
-        assert_eq!(a.below(0), 0);
-        let wait = a.around(Duration::from_secs(4));
-        assert!((Duration::from_secs(3)..=Duration::from_secs(5)).contains(&wait));
+        assert!(seen.iter().all(|n| (850..1_150).contains(n)), "{seen:?}");
+        assert_eq!(dice.below(0), 0);
+        let hits = (0..10_000).filter(|_| dice.chance(0.25)).count();
+        assert!((2_300..2_700).contains(&hits), "{hits}");
+        assert!(!dice.chance(0.0) && dice.chance(1.0));
     }
 }

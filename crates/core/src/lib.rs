@@ -28,10 +28,14 @@ pub mod fault;
 pub mod id;
 pub mod layout;
 pub mod link;
+pub mod manifest;
+pub mod proof;
 pub mod registrar;
 pub mod seal;
+pub mod sharing;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod swarm;
 pub mod time;
 pub mod trust;
 pub mod wire;

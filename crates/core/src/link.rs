@@ -1,1 +1,1160 @@
+//! Owns a peer's line to the index: asks again until answered, keeps leases alive, makes sure that
+//! the index knows what this peer hosts. Never opens a socket; what it is told by the index it
+//! believes only as far as the seal goes.
+//!
+//! Registrations heal by themselves: every heartbeat carries a digest of all this peer believes to
+//! be registered. Where it differs from the index's, the index says so and everything is registered
+//! again in a numbered round, at whose end the index forgets what the round did not name.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::dice::Dice;
+use crate::fault::{Backoff, Fault};
+use crate::id::{ContentId, RequestId};
+use crate::seal::{ReplyHead, RequestHead, SessionKeys, open, seal_request};
+use crate::time::{Duration, Moment};
+use crate::wire::datagram::{
+    Ack, Code, ITEMS_ROOM, Item, Load, Notice, Refusal, Register, Registered, Reply, Request, Row,
+    Watch, Watching, digest_of,
+};
+use crate::wire::desk::Session;
+
+/// Questions of the owner that wait for an answer.
+const MAX_QUESTIONS: usize = 1_024;
+/// `R` and `T` datagrams under way at once: enough to fill a long line, too few to flood an index.
+const MAX_BATCHES: usize = 4;
+/// Times a question is sent before it is given up.
+const MAX_TRIES: u32 = 16;
+/// Unanswered tries after which new keys are fetched: an index that lost its state is silent.
+const TRIES_BEFORE_SESSION: u32 = 6;
+/// The first wait for an answer, unless the line is known to be slow.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+/// The longest wait between two tries.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// The longest a question waits in all, with or without keys.
+const PATIENCE: Duration = Duration::from_secs(14);
+/// A question without keys to send it with fails after this, when fetching keys fails.
+const KEYLESS_PATIENCE: Duration = Duration::from_secs(3);
+/// Fetching keys is tried again after this, at first and at most.
+const SESSION_WAITS: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Shares are gathered for so long before they are sent: one datagram carries many.
+const GATHER: Duration = Duration::from_millis(2);
+/// How often the index hears how much of a growing content is here.
+const HELD_EVERY: Duration = Duration::from_secs(1);
+/// How often a watch is renewed; it lapses after three times that.
+const WATCH_EVERY: Duration = Duration::from_secs(30);
+
+/// What the owner must do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Send this datagram to the index.
+    Send(Vec<u8>),
+    /// Fetch session keys at the index's desk, then say [`Link::on_session`] or
+    /// [`Link::on_session_failed`].
+    NeedSession,
+    /// A question was answered, or given up.
+    Answered {
+        /// Which.
+        id: RequestId,
+        /// What the index said.
+        result: Result<Ack, LinkError>,
+    },
+    /// The index has acknowledged a share.
+    Registered(ContentId),
+    /// The index does not take a share; it is no longer kept registered.
+    Refused(ContentId, Refusal),
+    /// The index has acknowledged that a content is no longer hosted here.
+    Withdrawn(ContentId),
+    /// The listing changed: rows as they are now.
+    Changes {
+        /// A row without hosts is gone.
+        rows: Vec<Row>,
+    },
+    /// Changes were missed for good: list everything again.
+    Relist,
+    /// The index has a newer revocation list than it had before.
+    RevocationsAt(u32),
+    /// The index stopped answering.
+    IndexLost,
+    /// The index answers (again).
+    IndexBack,
+}
+
+/// Why a question has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// The index said no.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Nothing came back, however often it was asked.
+    #[error("no answer came back")]
+    NoAnswer,
+    /// More questions are under way than there may be.
+    #[error("{MAX_QUESTIONS} questions are under way already")]
+    TooMany,
+    /// There is no line: this machine is in no network. (Never said by a link.)
+    #[error("this machine is in no network")]
+    NoNetwork,
+}
+
+impl LinkError {
+    /// Whose fault it is.
+    pub const fn fault(&self) -> Fault {
+        match self {
+            Self::NoAnswer => Fault::Weather,
+            Self::Refused(_) | Self::TooMany | Self::NoNetwork => Fault::Ours,
+        }
+    }
+}
+
+/// A peer's line to the index.
+#[derive(Debug)]
+pub struct Link {
+    dice: Dice,
+    port: u16,
+    load: Load,
+    keys: Option<Keys>,
+    desk: Desk,
+    desk_waits: Backoff,
+    reachable: bool,
+    revocations: u32,
+    smoothed_rtt: Option<Duration>,
+    questions: BTreeMap<RequestId, Question>,
+    next_request: u64,
+    shares: BTreeMap<ContentId, Share>,
+    /// Sum of the digests of all shares.
+    digest: u128,
+    /// Shares that the index has yet to hear of, or of which it has yet to hear what is new.
+    unsaid: BTreeSet<ContentId>,
+    /// Shares of which only more is held now.
+    grown: BTreeSet<ContentId>,
+    /// Contents withdrawn that the index has yet to hear of.
+    gone: BTreeSet<ContentId>,
+    round: Option<Round>,
+    heartbeat: Duration,
+    next_heartbeat: Moment,
+    next_held: Moment,
+    /// Shares or withdrawals wait to be put into datagrams.
+    gather_until: Option<Moment>,
+    watch: Option<Picture>,
+    outputs: std::collections::VecDeque<Output>,
+}
+
+/// The session in use.
+struct Keys {
+    session: Session,
+    keys: SessionKeys,
+    counter: u64,
+    cookie: [u8; 16],
+    renew_at: Moment,
+    /// The reply key of the index's current boot.
+    boot: Option<(u64, [u8; 16])>,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Keys({:?}, epoch {})", self.session.member, self.session.epoch)
+    }
+}
+
+/// Where fetching keys stands.
+#[derive(Debug)]
+enum Desk {
+    Idle,
+    Asked,
+    RetryAt(Moment),
+}
+
+#[derive(Debug)]
+struct Share {
+    item: Item,
+    digest: u128,
+    /// The owner has yet to hear that it is registered.
+    tell: bool,
+}
+
+/// Everything is being registered again.
+#[derive(Debug)]
+struct Round {
+    number: u32,
+    left: BTreeSet<ContentId>,
+    /// The `R` that ends it is under way.
+    ending: bool,
+}
+
+/// The watch, and how far it is.
+#[derive(Debug)]
+struct Picture {
+    glob: String,
+    /// The last change told of; `None` until the index has answered.
+    sequence: Option<u64>,
+    renew_at: Moment,
+    asked: bool,
+}
+
+#[derive(Debug)]
+struct Question {
+    request: Request,
+    purpose: Purpose,
+    asked: Moment,
+    sent: Option<Moment>,
+    tries: u32,
+    next: Moment,
+    wait: Backoff,
+}
+
+#[derive(Debug)]
+enum Purpose {
+    /// The owner asked.
+    Owner,
+    /// An `R`: these items, in order; the round it belongs to.
+    Register(Vec<ContentId>),
+    /// A `T`.
+    Deregister(Vec<ContentId>),
+    /// A `W`.
+    Watch,
+}
+
+impl Link {
+    /// A line without keys; it asks for them at the first [`Link::tick`].
+    pub fn new(dice: u64) -> Self {
+        let mut dice = Dice(dice);
+        Self {
+            next_request: dice.next(),
+            dice,
+            port: 0,
+            load: Load::default(),
+            keys: None,
+            desk: Desk::Idle,
+            desk_waits: Backoff::new(SESSION_WAITS.0, SESSION_WAITS.1),
+            reachable: false,
+            revocations: 0,
+            smoothed_rtt: None,
+            questions: BTreeMap::new(),
+            shares: BTreeMap::new(),
+            digest: 0,
+            unsaid: BTreeSet::new(),
+            grown: BTreeSet::new(),
+            gone: BTreeSet::new(),
+            round: None,
+            heartbeat: Duration::from_secs(30),
+            next_heartbeat: Moment::ZERO,
+            next_held: Moment::ZERO,
+            gather_until: None,
+            watch: None,
+            outputs: std::collections::VecDeque::new(),
+        }
+    }
+
+    /// The TCP port this peer serves on.
+    pub const fn set_port(&mut self, port: u16) {
+        self.port = port;
+    }
+
+    /// How busy this peer is; told with the next `R`.
+    pub const fn set_load(&mut self, load: Load) {
+        self.load = load;
+    }
+
+    /// New keys: what waits is sent with them, and the index is told at once where this peer is.
+    pub fn on_session(&mut self, now: Moment, session: Session) {
+        self.heartbeat = Duration::from_secs(u64::from(session.heartbeat_s.max(1)));
+        let keys =
+            SessionKeys { to_index: session.key_to_index, from_index: session.key_from_index };
+        // Three quarters of its life: there is time to try again before it ends.
+        let renew_at = now + Duration::from_secs(u64::from(session.valid_s)) * 3 / 4;
+        if let Some(list) = &session.revocations {
+            self.revocations = self.revocations.max(list.version);
+        }
+        self.keys = Some(Keys { session, keys, counter: 0, cookie: [0; 16], renew_at, boot: None });
+        self.desk = Desk::Idle;
+        self.desk_waits = Backoff::new(SESSION_WAITS.0, SESSION_WAITS.1);
+        self.next_heartbeat = now;
+        for question in self.questions.values_mut() {
+            question.next = now;
+            question.tries = 0;
+            question.wait = backoff(self.smoothed_rtt);
+        }
+        self.tick(now);
+    }
+
+    /// The desk could not be reached, or gave no keys.
+    pub fn on_session_failed(&mut self, now: Moment) {
+        let wait = self.desk_waits.wait();
+        // Up to half as much again, so that a thousand peers do not come back in one moment.
+        let jitter = self.dice.below(wait.as_micros() as u64 / 2 + 1);
+        self.desk = Desk::RetryAt(now + wait + Duration::from_micros(jitter));
+        self.lose();
+        if self.keys.is_none() {
+            self.give_up(|question| now.since(question.asked) >= KEYLESS_PATIENCE);
+        }
+    }
+
+    /// Asks the index something; [`Output::Answered`] follows in any case.
+    pub fn ask(&mut self, now: Moment, request: Request) -> RequestId {
+        if self.questions.len() >= MAX_QUESTIONS {
+            let id = self.request_id();
+            self.outputs.push_back(Output::Answered { id, result: Err(LinkError::TooMany) });
+            return id;
+        }
+        self.question(now, request, Purpose::Owner)
+    }
+
+    /// Keeps `item` registered from now on; said again, it replaces what was said of that content.
+    pub fn share(&mut self, now: Moment, item: Item) {
+        let (id, digest) = (item.id, digest_of(&item));
+        self.gone.remove(&id);
+        self.grown.remove(&id);
+        let share = Share { item, digest, tell: true };
+        if let Some(old) = self.shares.insert(id, share) {
+            self.digest = self.digest.wrapping_sub(old.digest);
+        }
+        self.digest = self.digest.wrapping_add(digest);
+        self.unsaid.insert(id);
+        self.gather(now);
+    }
+
+    /// More (or less) of a shared content is held now, in thousandths. The index hears of it within
+    /// about a second.
+    pub fn update_held(&mut self, now: Moment, id: ContentId, held: u16) {
+        if let Some(share) = self.shares.get_mut(&id)
+            && std::mem::replace(&mut share.item.held, held) != held
+            && !self.unsaid.contains(&id)
+        {
+            if self.grown.is_empty() && self.next_held < now {
+                self.next_held = now + GATHER;
+            }
+            self.grown.insert(id);
+        }
+    }
+
+    /// Keeps a content registered no longer.
+    pub fn withdraw(&mut self, now: Moment, id: ContentId) {
+        if self.forget(id) {
+            self.gone.insert(id);
+            self.gather(now);
+        }
+    }
+
+    /// Whether withdrawals are still on their way to the index.
+    pub fn is_withdrawing(&self) -> bool {
+        let under_way = |q: &Question| matches!(q.purpose, Purpose::Deregister(_));
+        !self.gone.is_empty() || self.questions.values().any(under_way)
+    }
+
+    /// Has changes of the listing told from now on.
+    pub fn watch(&mut self, now: Moment, glob: String) {
+        if self.watch.as_ref().is_none_or(|watch| watch.glob != glob) {
+            self.drop_questions(|purpose| matches!(purpose, Purpose::Watch));
+            self.watch = Some(Picture { glob, sequence: None, renew_at: now, asked: false });
+        }
+    }
+
+    /// Ends the watch.
+    pub fn unwatch(&mut self, now: Moment) {
+        self.drop_questions(|purpose| matches!(purpose, Purpose::Watch));
+        if let Some(watch) = self.watch.take() {
+            let request = Watch { glob: watch.glob, since: 0, stop: true };
+            self.question(now, Request::Watch(request), Purpose::Watch);
+        }
+    }
+
+    /// A datagram from the index's address.
+    pub fn on_datagram(&mut self, now: Moment, datagram: &mut [u8]) {
+        let Ok(head) = ReplyHead::decode(datagram) else { return };
+        let Some(keys) = &mut self.keys else { return };
+        let session = &keys.session;
+        if (head.epoch, head.member, head.salt) != (session.epoch, session.member, session.salt) {
+            return;
+        }
+        let known = keys.boot.filter(|(boot, _)| *boot == head.boot).map(|(_, key)| key);
+        let key = known.unwrap_or_else(|| keys.keys.reply_key(head.boot));
+        let Some(plaintext) = open(&key, head.counter, datagram) else { return };
+        let rebooted = keys.boot.is_some_and(|(boot, _)| boot != head.boot);
+        if head.kind == b'N' {
+            if let (Ok(notice), false) = (Notice::decode(plaintext), rebooted) {
+                self.on_notice(now, notice);
+            }
+            return;
+        }
+        let Ok((id, reply)) = Reply::decode(head.kind, plaintext) else { return };
+        if !self.questions.contains_key(&id) {
+            return;
+        }
+        // Only an answer to a question of ours shows which boot is the newest.
+        keys.boot = Some((head.boot, key));
+        if rebooted && let Some(watch) = &mut self.watch {
+            watch.sequence = None;
+            watch.renew_at = now;
+            self.outputs.push_back(Output::Relist);
+        }
+        if head.revocations > self.revocations {
+            self.revocations = head.revocations;
+            self.outputs.push_back(Output::RevocationsAt(head.revocations));
+        }
+        if !std::mem::replace(&mut self.reachable, true) {
+            self.outputs.push_back(Output::IndexBack);
+        }
+        self.on_reply(now, id, reply);
+        self.tick(now);
+    }
+
+    /// Sends what is due.
+    pub fn tick(&mut self, now: Moment) {
+        self.tend_session(now);
+        self.give_up(|question| now.since(question.asked) >= PATIENCE || question.tries > MAX_TRIES);
+        if self.keys.is_some() {
+            self.tend_held(now);
+            self.tend_batches(now);
+            self.tend_watch(now);
+            self.send_due(now);
+        }
+    }
+
+    /// The next thing to be done.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`Link::tick`] is due.
+    pub fn next_deadline(&self) -> Option<Moment> {
+        let session = match (&self.desk, &self.keys) {
+            (Desk::Asked, _) => None,
+            (Desk::RetryAt(at), _) => Some(*at),
+            (Desk::Idle, None) => Some(Moment::ZERO),
+            (Desk::Idle, Some(keys)) => Some(keys.renew_at),
+        };
+        let patience = self.questions.values().map(|q| q.asked + PATIENCE).min();
+        let mut due = vec![session, patience];
+        if self.keys.is_some() {
+            due.push(self.questions.values().map(|question| question.next).min());
+            due.push(Some(self.next_heartbeat));
+            due.push((!self.grown.is_empty()).then_some(self.next_held));
+            let room = self.batches() < MAX_BATCHES;
+            due.push(self.gather_until.filter(|_| room));
+            due.push(self.watch.as_ref().filter(|w| !w.asked).map(|w| w.renew_at));
+        }
+        due.into_iter().flatten().min()
+    }
+
+    /// Panics where an invariant broke.
+    pub fn check(&self) {
+        let sum = self.shares.values().fold(0u128, |sum, s| sum.wrapping_add(digest_of(&s.item)));
+        assert_eq!(sum, self.digest, "the digest is that of the shares");
+        assert!(self.unsaid.iter().all(|id| self.shares.contains_key(id)), "unsaid are shared");
+        assert!(self.grown.iter().all(|id| self.shares.contains_key(id)), "grown are shared");
+        assert!(self.gone.iter().all(|id| !self.shares.contains_key(id)), "gone are not shared");
+        assert!(self.batches() <= MAX_BATCHES + 1, "few batches are under way");
+        assert!(self.questions.len() <= MAX_QUESTIONS + MAX_BATCHES + 2, "questions are bounded");
+    }
+
+    // ---- keys
+
+    fn tend_session(&mut self, now: Moment) {
+        let due = match (&self.desk, &self.keys) {
+            (Desk::Asked, _) => false,
+            (Desk::RetryAt(at), _) => *at <= now,
+            (Desk::Idle, None) => true,
+            (Desk::Idle, Some(keys)) => keys.renew_at <= now,
+        };
+        if due {
+            self.need_session();
+        }
+    }
+
+    fn need_session(&mut self) {
+        if !matches!(self.desk, Desk::Asked) {
+            self.desk = Desk::Asked;
+            self.outputs.push_back(Output::NeedSession);
+        }
+    }
+
+    fn lose(&mut self) {
+        if std::mem::take(&mut self.reachable) {
+            self.outputs.push_back(Output::IndexLost);
+        }
+    }
+
+    // ---- questions
+
+    fn request_id(&mut self) -> RequestId {
+        self.next_request = self.next_request.wrapping_add(1);
+        RequestId(self.next_request)
+    }
+
+    fn question(&mut self, now: Moment, request: Request, purpose: Purpose) -> RequestId {
+        let id = self.request_id();
+        let wait = backoff(self.smoothed_rtt);
+        let question = Question { request, purpose, asked: now, sent: None, tries: 0, next: now, wait };
+        self.questions.insert(id, question);
+        if self.keys.is_some() {
+            self.send_due(now);
+        }
+        id
+    }
+
+    fn send_due(&mut self, now: Moment) {
+        let mut silent = false;
+        let Some(keys) = &mut self.keys else { return };
+        for (id, question) in &mut self.questions {
+            if question.next > now {
+                continue;
+            }
+            question.tries += 1;
+            question.sent = Some(now);
+            question.next = now + question.wait.wait();
+            silent |= question.tries > TRIES_BEFORE_SESSION;
+            if question.tries <= MAX_TRIES {
+                let datagram = seal_with(keys, &question.request, *id);
+                self.outputs.push_back(Output::Send(datagram));
+            }
+        }
+        if silent {
+            self.lose();
+            if matches!(self.desk, Desk::Idle) {
+                self.need_session();
+            }
+        }
+    }
+
+    /// Gives up the owner's questions that `hopeless` says; the link's own are asked for ever.
+    fn give_up(&mut self, hopeless: impl Fn(&Question) -> bool) {
+        let lost: Vec<RequestId> =
+            self.questions.iter().filter(|(_, q)| hopeless(q)).map(|(id, _)| *id).collect();
+        for id in lost {
+            let Some(question) = self.questions.remove(&id) else { continue };
+            match question.purpose {
+                Purpose::Owner => {
+                    let result = Err(LinkError::NoAnswer);
+                    self.outputs.push_back(Output::Answered { id, result });
+                }
+                // Begun anew, so that it says what is the case then.
+                Purpose::Register(ids) => self.say_again(ids),
+                Purpose::Deregister(ids) => self.gone.extend(ids),
+                Purpose::Watch => {
+                    if let Some(watch) = &mut self.watch {
+                        watch.asked = false;
+                    }
+                }
+            }
+            self.gather_until = self.gather_until.or(Some(Moment::ZERO));
+        }
+    }
+
+    fn drop_questions(&mut self, which: impl Fn(&Purpose) -> bool) {
+        self.questions.retain(|_, question| !which(&question.purpose));
+    }
+
+    fn say_again(&mut self, ids: Vec<ContentId>) {
+        self.unsaid.extend(ids.into_iter().filter(|id| self.shares.contains_key(id)));
+        if let Some(round) = &mut self.round {
+            round.ending = false;
+        }
+    }
+
+    fn on_reply(&mut self, now: Moment, id: RequestId, reply: Reply) {
+        let Some(mut question) = self.questions.remove(&id) else { return };
+        if let (Some(sent), 1) = (question.sent, question.tries) {
+            let sample = now.since(sent);
+            let smoothed = self.smoothed_rtt.unwrap_or(sample);
+            self.smoothed_rtt = Some((smoothed * 7 + sample) / 8);
+        }
+        match reply {
+            Reply::Error(Refusal { code: Code::CookieNeeded, cookie: Some(cookie), .. }) => {
+                if let Some(keys) = &mut self.keys {
+                    keys.cookie = cookie;
+                }
+                question.next = now;
+                question.tries = question.tries.saturating_sub(1);
+                self.questions.insert(id, question);
+            }
+            Reply::Error(Refusal { code: Code::SessionOver, .. }) => {
+                question.next = now + LONGEST_WAIT;
+                self.questions.insert(id, question);
+                self.need_session();
+            }
+            Reply::Error(Refusal { code: Code::TooFast, .. }) if question.tries < MAX_TRIES => {
+                question.next = now + LONGEST_WAIT;
+                self.questions.insert(id, question);
+            }
+            reply => self.on_answer(now, id, question, reply),
+        }
+    }
+
+    fn on_answer(&mut self, now: Moment, id: RequestId, question: Question, reply: Reply) {
+        match (question.purpose, reply) {
+            (Purpose::Owner, Reply::Ack(ack)) => {
+                self.outputs.push_back(Output::Answered { id, result: Ok(ack) });
+            }
+            (Purpose::Owner, Reply::Error(refusal)) => {
+                let result = Err(LinkError::Refused(refusal));
+                self.outputs.push_back(Output::Answered { id, result });
+            }
+            (Purpose::Register(ids), Reply::Ack(Ack::Registered(registered))) => {
+                self.on_registered(now, ids, &question.request, registered);
+            }
+            (Purpose::Register(ids), Reply::Error(refusal)) => {
+                for id in ids {
+                    self.refused(id, refusal.clone());
+                }
+            }
+            (Purpose::Deregister(ids), _) => {
+                self.outputs.extend(ids.into_iter().map(Output::Withdrawn));
+                self.gather(now);
+            }
+            (Purpose::Watch, Reply::Ack(Ack::Watching(watching))) => self.on_watching(now, watching),
+            // An answer of another kind than asked for: as if none had come.
+            (Purpose::Register(ids), Reply::Ack(_)) => self.say_again(ids),
+            (Purpose::Watch, _) => {
+                if let Some(watch) = &mut self.watch {
+                    (watch.asked, watch.renew_at) = (false, now + WATCH_EVERY);
+                }
+            }
+        }
+    }
+
+    // ---- registrations
+
+    fn gather(&mut self, now: Moment) {
+        self.gather_until = self.gather_until.or(Some(now + GATHER));
+    }
+
+    /// Forgets a share; whether there was one.
+    fn forget(&mut self, id: ContentId) -> bool {
+        self.unsaid.remove(&id);
+        self.grown.remove(&id);
+        if let Some(round) = &mut self.round {
+            round.left.remove(&id);
+        }
+        match self.shares.remove(&id) {
+            Some(share) => {
+                self.digest = self.digest.wrapping_sub(share.digest);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn refused(&mut self, id: ContentId, refusal: Refusal) {
+        if self.forget(id) {
+            self.outputs.push_back(Output::Refused(id, refusal));
+        }
+    }
+
+    fn tend_held(&mut self, now: Moment) {
+        if !self.grown.is_empty() && self.next_held <= now {
+            self.next_held = now + HELD_EVERY;
+            let grown = std::mem::take(&mut self.grown);
+            self.unsaid.extend(grown);
+            self.gather_until = Some(now);
+        }
+    }
+
+    fn batches(&self) -> usize {
+        let batch = |q: &&Question| {
+            matches!(q.purpose, Purpose::Register(_) | Purpose::Deregister(_))
+        };
+        self.questions.values().filter(batch).count()
+    }
+
+    /// Contents that an `R` (or a `T`) under way speaks of: said again only when it is answered.
+    fn under_way(&self) -> BTreeSet<ContentId> {
+        let of = |q: &Question| match &q.purpose {
+            Purpose::Register(ids) | Purpose::Deregister(ids) => ids.clone(),
+            Purpose::Owner | Purpose::Watch => Vec::new(),
+        };
+        self.questions.values().flat_map(of).collect()
+    }
+
+    fn tend_batches(&mut self, now: Moment) {
+        if self.gather_until.is_some_and(|at| at <= now) {
+            self.gather_until = None;
+            while self.batches() < MAX_BATCHES && self.send_batch(now) {}
+        }
+        let registering =
+            self.questions.values().any(|q| matches!(q.purpose, Purpose::Register(_)));
+        if self.next_heartbeat <= now {
+            self.next_heartbeat = now + self.heartbeat;
+            if !registering {
+                self.register(now, Vec::new());
+            }
+        }
+    }
+
+    /// Puts what waits into one more datagram; false where nothing waits that can go now.
+    fn send_batch(&mut self, now: Moment) -> bool {
+        let busy = self.under_way();
+        let gone: Vec<ContentId> =
+            self.gone.iter().filter(|id| !busy.contains(id)).take(Request::MAX_DEREGISTER).copied().collect();
+        if !gone.is_empty() {
+            gone.iter().for_each(|id| {
+                self.gone.remove(id);
+            });
+            self.question(now, Request::Deregister(gone.clone()), Purpose::Deregister(gone));
+            return true;
+        }
+        let (mut batch, mut room) = (Vec::new(), ITEMS_ROOM);
+        let round = self.round.iter().flat_map(|round| &round.left);
+        for id in self.unsaid.iter().chain(round) {
+            let Some(share) = self.shares.get(id) else { continue };
+            let len = share.item.wire_len();
+            if busy.contains(id) || batch.contains(id) {
+                continue;
+            }
+            if len > room || batch.len() == usize::from(u8::MAX) {
+                break;
+            }
+            room -= len;
+            batch.push(*id);
+        }
+        if !batch.is_empty() {
+            self.register(now, batch);
+            return true;
+        }
+        if let Some(round) = &mut self.round
+            && !round.ending
+            && busy.is_empty()
+        {
+            round.ending = true;
+            self.register(now, Vec::new());
+            return true;
+        }
+        false
+    }
+
+    fn register(&mut self, now: Moment, ids: Vec<ContentId>) {
+        for id in &ids {
+            self.unsaid.remove(id);
+            if let Some(round) = &mut self.round {
+                round.left.remove(id);
+            }
+        }
+        let on_their_way = !ids.is_empty()
+            || !self.unsaid.is_empty()
+            || !self.gone.is_empty()
+            || self.round.is_some()
+            || self.batches() > 0;
+        let digest = if on_their_way { 0 } else { self.digest };
+        // Who shares nothing says so with a whole round in one: what an earlier run left is forgotten.
+        let nothing = self.shares.is_empty() && !on_their_way;
+        let items = ids.iter().filter_map(|id| self.shares.get(id)).map(|s| s.item.clone());
+        let register = Register {
+            port: self.port,
+            load: self.load,
+            digest: digest.to_le_bytes(),
+            round: match &self.round {
+                Some(round) => round.number,
+                None if nothing => self.dice.next() as u32 | 1,
+                None => 0,
+            },
+            round_ends: nothing || self.round.as_ref().is_some_and(|round| round.ending),
+            items: items.collect(),
+        };
+        self.next_heartbeat = now + self.heartbeat;
+        self.question(now, Request::Register(register), Purpose::Register(ids));
+    }
+
+    fn on_registered(
+        &mut self,
+        now: Moment,
+        ids: Vec<ContentId>,
+        request: &Request,
+        registered: Registered,
+    ) {
+        self.heartbeat = Duration::from_secs(u64::from(registered.heartbeat_s.max(1)));
+        self.next_heartbeat = self.next_heartbeat.min(now + self.heartbeat);
+        let mut refused: BTreeMap<usize, Refusal> =
+            registered.refused.into_iter().map(|(at, why)| (usize::from(at), why)).collect();
+        for (at, id) in ids.into_iter().enumerate() {
+            if let Some(refusal) = refused.remove(&at) {
+                // What was said of it meanwhile may be taken: only the same item is given up.
+                if !self.unsaid.contains(&id) {
+                    self.refused(id, refusal);
+                }
+            } else if let Some(share) = self.shares.get_mut(&id)
+                && !self.unsaid.contains(&id)
+                && std::mem::take(&mut share.tell)
+            {
+                self.outputs.push_back(Output::Registered(id));
+            }
+        }
+        let ended = matches!(request, Request::Register(r) if r.round_ends);
+        if ended && self.round.as_ref().is_some_and(|round| round.ending) {
+            self.round = None;
+        }
+        if registered.repeat_all && self.round.is_none() {
+            let number = self.dice.next() as u32 | 1;
+            let left = self.shares.keys().copied().collect();
+            self.round = Some(Round { number, left, ending: false });
+        }
+        if self.round.is_some() || !self.unsaid.is_empty() || !self.gone.is_empty() {
+            self.gather_until = Some(now);
+        }
+    }
+
+    // ---- the live listing
+
+    fn tend_watch(&mut self, now: Moment) {
+        let Some(watch) = &mut self.watch else { return };
+        if watch.asked || watch.renew_at > now {
+            return;
+        }
+        watch.asked = true;
+        let request =
+            Watch { glob: watch.glob.clone(), since: watch.sequence.unwrap_or(0), stop: false };
+        self.question(now, Request::Watch(request), Purpose::Watch);
+    }
+
+    fn on_watching(&mut self, now: Moment, watching: Watching) {
+        let Some(watch) = &mut self.watch else { return };
+        watch.asked = false;
+        watch.renew_at = now + WATCH_EVERY.min(Duration::from_secs(u64::from(watching.lease_s)) / 3);
+        if watching.missed {
+            self.outputs.push_back(Output::Relist);
+        }
+        if watching.missed || watch.sequence.is_none() {
+            watch.sequence = Some(watching.sequence);
+        }
+    }
+
+    fn on_notice(&mut self, now: Moment, notice: Notice) {
+        let Some(watch) = &mut self.watch else { return };
+        let Some(sequence) = watch.sequence else { return };
+        if notice.after <= sequence {
+            return;
+        }
+        if notice.before > sequence {
+            // Some were lost: the index tells again what came since.
+            watch.renew_at = now;
+            self.tend_watch(now);
+            return;
+        }
+        watch.sequence = Some(notice.after);
+        if !notice.rows.is_empty() {
+            self.outputs.push_back(Output::Changes { rows: notice.rows });
+        }
+    }
+}
+
+fn backoff(smoothed_rtt: Option<Duration>) -> Backoff {
+    let first = smoothed_rtt.map_or(FIRST_WAIT, |rtt| FIRST_WAIT.max(rtt * 3));
+    Backoff::new(first.min(LONGEST_WAIT), LONGEST_WAIT)
+}
+
+/// Every datagram, also of a repeated question, has a counter of its own: the nonce.
+fn seal_with(keys: &mut Keys, request: &Request, id: RequestId) -> Vec<u8> {
+    let head = RequestHead {
+        kind: request.kind(),
+        epoch: keys.session.epoch,
+        member: keys.session.member,
+        salt: keys.session.salt,
+        counter: keys.counter,
+        cookie: keys.cookie,
+    };
+    keys.counter += 1;
+    seal_request(&keys.keys.to_index, &head, &request.encode(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::MemberNumber;
+    use crate::seal::{EpochSecret, seal_reply};
+    use crate::time::WallTime;
+    use crate::trust::{Certificate, MachineKey, Role};
+    use crate::wire::datagram::{HELD_ALL, List, RowKey};
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// The index's end of the line, as little of it as a link needs.
+    struct Index {
+        keys: SessionKeys,
+        boot: u64,
+        counter: u64,
+    }
+
+    fn session() -> (Session, Index) {
+        let index = MachineKey::from_seed([1; 32]);
+        let peer = MachineKey::from_seed([2; 32]).peer();
+        let member = MemberNumber(7);
+        let keys = EpochSecret([3; 32]).session(index.network(), member, 9);
+        let session = Session {
+            member,
+            epoch: 4,
+            salt: 9,
+            key_to_index: keys.to_index,
+            key_from_index: keys.from_index,
+            heartbeat_s: 30,
+            valid_s: 86_400,
+            certificate: Certificate::issue(&index, peer, member, Role::Publish, "b", WallTime(9)),
+            revocations: None,
+        };
+        (session, Index { keys, boot: 1, counter: 0 })
+    }
+
+    impl Index {
+        fn read(&self, datagram: &[u8]) -> (RequestHead, RequestId, Request) {
+            let head = RequestHead::decode(datagram).unwrap();
+            let mut copy = datagram.to_vec();
+            let plain = open(&self.keys.to_index, head.counter, &mut copy).unwrap();
+            let (id, request) = Request::decode(head.kind, plain).unwrap();
+            (head, id, request)
+        }
+
+        fn seal(&mut self, kind: u8, plaintext: &[u8]) -> Vec<u8> {
+            self.counter += 1;
+            let head = ReplyHead {
+                kind,
+                epoch: 4,
+                member: MemberNumber(7),
+                salt: 9,
+                counter: self.counter,
+                boot: self.boot,
+                revocations: 0,
+                flags: 0,
+            };
+            seal_reply(&self.keys.reply_key(self.boot), &head, plaintext)
+        }
+
+        fn reply(&mut self, to: RequestId, reply: &Reply) -> Vec<u8> {
+            self.seal(reply.kind(), &reply.encode(to))
+        }
+
+        fn registered(&mut self, to: RequestId, repeat_all: bool) -> Vec<u8> {
+            let ack = Registered { lease_s: 90, heartbeat_s: 30, repeat_all, refused: vec![] };
+            self.reply(to, &Reply::Ack(Ack::Registered(ack)))
+        }
+    }
+
+    fn sent(link: &mut Link) -> Vec<Vec<u8>> {
+        outputs(link).into_iter().filter_map(|o| if let Output::Send(d) = o { Some(d) } else { None }).collect()
+    }
+
+    fn outputs(link: &mut Link) -> Vec<Output> {
+        link.check();
+        std::iter::from_fn(|| link.poll_output()).collect()
+    }
+
+    fn item(n: u8) -> Item {
+        Item { id: ContentId::file([n; 32]), size: 10, held: HELD_ALL, name: None }
+    }
+
+    fn list() -> Request {
+        Request::List(List { glob: "*".into(), after: None })
+    }
+
+    /// A link with keys whose first heartbeat was answered.
+    fn standing() -> (Link, Index, Moment) {
+        let (session, mut index) = session();
+        let (mut link, now) = (Link::new(5), Moment::from_micros(1_000_000));
+        link.tick(now);
+        assert_eq!(outputs(&mut link), [Output::NeedSession]);
+        link.on_session(now, session);
+        let first = sent(&mut link);
+        let (_, id, request) = index.read(&first[0]);
+        assert!(matches!(request, Request::Register(r) if r.items.is_empty() && r.round_ends));
+        link.on_datagram(now, &mut index.registered(id, false));
+        assert_eq!(outputs(&mut link), [Output::IndexBack]);
+        (link, index, now)
+    }
+
+    #[test]
+    fn an_unanswered_question_is_asked_again_and_then_given_up() {
+        let (mut link, index, mut now) = standing();
+        let id = link.ask(now, list());
+        let (mut tries, mut counters, mut answer) = (0, BTreeSet::new(), None);
+        while answer.is_none() {
+            for output in outputs(&mut link) {
+                match output {
+                    Output::Send(datagram) if datagram[0] == b'O' => {
+                        let (head, request, _) = index.read(&datagram);
+                        assert_eq!(request, id, "a repeated question keeps its number");
+                        assert!(counters.insert(head.counter), "a nonce is never used twice");
+                        tries += 1;
+                    }
+                    Output::Answered { id: of, result } if of == id => answer = Some(result),
+                    _ => {}
+                }
+            }
+            now = link.next_deadline().unwrap().max(now);
+            link.tick(now);
+        }
+        assert_eq!(answer, Some(Err(LinkError::NoAnswer)));
+        assert!((12..=16).contains(&tries), "{tries} tries");
+    }
+
+    #[test]
+    fn a_cookie_is_taken_and_the_question_repeated_at_once() {
+        let (mut link, mut index, now) = standing();
+        let id = link.ask(now, list());
+        assert_eq!(sent(&mut link).len(), 1);
+        let refusal =
+            Refusal { code: Code::CookieNeeded, text: String::new(), cookie: Some([6; 16]) };
+        link.on_datagram(now, &mut index.reply(id, &Reply::Error(refusal)));
+        let again = sent(&mut link);
+        assert_eq!(index.read(&again[0]).0.cookie, [6; 16]);
+        assert_eq!(index.read(&again[0]).1, id);
+    }
+
+    #[test]
+    fn shares_travel_together_and_a_differing_digest_repeats_them_in_a_round() {
+        let (mut link, mut index, mut now) = standing();
+        for n in 0..60 {
+            link.share(now, item(n));
+        }
+        now = now + GATHER;
+        let (mut named, mut registered) = (0, 0);
+        let drive = |link: &mut Link, index: &mut Index, now, named: &mut usize, registered: &mut usize| {
+            let mut rounds = vec![];
+            loop {
+                link.tick(now);
+                let all = outputs(link);
+                *registered += all.iter().filter(|o| matches!(o, Output::Registered(_))).count();
+                let datagrams: Vec<_> =
+                    all.into_iter().filter_map(|o| if let Output::Send(d) = o { Some(d) } else { None }).collect();
+                if datagrams.is_empty() {
+                    return rounds;
+                }
+                for datagram in datagrams {
+                    let (_, id, request) = index.read(&datagram);
+                    let Request::Register(r) = request else { panic!("only R is expected") };
+                    *named += r.items.len();
+                    rounds.push((r.round, r.round_ends, r.digest));
+                    link.on_datagram(now, &mut index.registered(id, false));
+                }
+            }
+        };
+        drive(&mut link, &mut index, now, &mut named, &mut registered);
+        assert_eq!((named, registered), (60, 60));
+        // The next heartbeat carries the digest; the index says that its own differs.
+        now = now + Duration::from_secs(31);
+        link.tick(now);
+        let beat = sent(&mut link);
+        let (_, id, request) = index.read(&beat[0]);
+        let Request::Register(r) = request else { panic!("a heartbeat is an R") };
+        let sum = (0..60).fold(0u128, |sum, n| sum.wrapping_add(digest_of(&item(n))));
+        assert_eq!((r.items.len(), r.digest), (0, sum.to_le_bytes()));
+        link.on_datagram(now, &mut index.registered(id, true));
+        let rounds = drive(&mut link, &mut index, now, &mut named, &mut registered);
+        assert_eq!((named, registered), (120, 60), "told once, named again");
+        assert!(rounds.iter().all(|(round, ..)| *round == rounds[0].0 && *round != 0));
+        assert_eq!(rounds.iter().filter(|(_, ends, _)| *ends).count(), 1);
+        assert!(rounds.last().unwrap().1, "the end comes last");
+    }
+
+    #[test]
+    fn a_refused_share_is_told_and_kept_no_longer() {
+        let (mut link, mut index, now) = standing();
+        link.share(now, item(1));
+        link.share(now, item(2));
+        link.tick(now + GATHER);
+        let r = sent(&mut link);
+        let refusal = Refusal { code: Code::Quota, text: "full".into(), cookie: None };
+        let ack = Registered {
+            lease_s: 90,
+            heartbeat_s: 30,
+            repeat_all: false,
+            refused: vec![(1, refusal.clone())],
+        };
+        let id = index.read(&r[0]).1;
+        link.on_datagram(now, &mut index.reply(id, &Reply::Ack(Ack::Registered(ack))));
+        assert_eq!(
+            outputs(&mut link),
+            [Output::Registered(item(1).id), Output::Refused(item(2).id, refusal)]
+        );
+    }
+
+    #[test]
+    fn a_withdrawal_waits_for_the_registration_under_way() {
+        let (mut link, mut index, now) = standing();
+        link.share(now, item(1));
+        link.tick(now + GATHER);
+        let r = sent(&mut link);
+        link.withdraw(now, item(1).id);
+        link.tick(now + GATHER * 3);
+        assert_eq!(sent(&mut link), Vec::<Vec<u8>>::new(), "T must not overtake R");
+        let id = index.read(&r[0]).1;
+        link.on_datagram(now + GATHER * 4, &mut index.registered(id, false));
+        let t = sent(&mut link);
+        let (_, id, request) = index.read(&t[0]);
+        assert_eq!(request, Request::Deregister(vec![item(1).id]));
+        assert!(link.is_withdrawing());
+        link.on_datagram(now + GATHER * 4, &mut index.reply(id, &Reply::Ack(Ack::Deregistered)));
+        assert_eq!(outputs(&mut link), [Output::Withdrawn(item(1).id)]);
+        assert!(!link.is_withdrawing());
+    }
+
+    #[test]
+    fn a_silent_index_is_called_lost_and_new_keys_are_fetched() {
+        let (mut link, _, mut now) = standing();
+        now = now + Duration::from_secs(30);
+        let mut seen = vec![];
+        for _ in 0..100 {
+            link.tick(now);
+            seen.extend(outputs(&mut link).into_iter().filter(|o| !matches!(o, Output::Send(_))));
+            now = now + 100 * MS;
+        }
+        assert_eq!(seen, [Output::IndexLost, Output::NeedSession]);
+        link.on_session_failed(now);
+        let again = link.next_deadline().unwrap().max(now + SESSION_WAITS.0 * 2);
+        link.tick(again);
+        assert!(outputs(&mut link).contains(&Output::NeedSession));
+    }
+
+    #[test]
+    fn questions_without_keys_fail_soon_when_the_desk_cannot_be_reached() {
+        let (mut link, now) = (Link::new(5), Moment::from_micros(7));
+        let id = link.ask(now, list());
+        link.tick(now);
+        link.on_session_failed(now + KEYLESS_PATIENCE);
+        let failed = Output::Answered { id, result: Err(LinkError::NoAnswer) };
+        assert!(outputs(&mut link).contains(&failed));
+    }
+
+    #[test]
+    fn a_gap_in_the_notices_asks_for_what_came_since() {
+        let (mut link, mut index, now) = standing();
+        link.watch(now, "*".into());
+        link.tick(now);
+        let w = sent(&mut link);
+        let id = index.read(&w[0]).1;
+        let watching = Watching { lease_s: 90, sequence: 40, missed: false };
+        link.on_datagram(now, &mut index.reply(id, &Reply::Ack(Ack::Watching(watching))));
+        let row = Row {
+            key: RowKey { name: None, id: ContentId::file([1; 32]) },
+            size: 1,
+            hosts: 1,
+            complete: 1,
+            version: None,
+            publisher: None,
+        };
+        let notice = |before, after| Notice { before, after, rows: vec![row.clone()] };
+        let mut tell = |link: &mut Link, n: Notice| {
+            let mut datagram = index.seal(b'N', &n.encode());
+            link.on_datagram(now, &mut datagram);
+            outputs(link)
+        };
+        let changes = Output::Changes { rows: vec![row.clone()] };
+        assert_eq!(tell(&mut link, notice(40, 41)), [changes]);
+        assert_eq!(tell(&mut link, notice(40, 41)), [], "told twice, taken once");
+        let asked = tell(&mut link, notice(43, 44));
+        let [Output::Send(again)] = &asked[..] else { panic!("{asked:?}") };
+        let (_, _, request) = index.read(again);
+        assert_eq!(request, Request::Watch(Watch { glob: "*".into(), since: 41, stop: false }));
+    }
+
+    #[test]
+    fn arbitrary_datagrams_are_ignored() {
+        let (mut link, mut index, now) = standing();
+        let id = link.ask(now, list());
+        let reply = Reply::Ack(Ack::Deregistered);
+        let good = index.reply(id, &reply);
+        let _ = outputs(&mut link);
+        for at in 0..good.len() {
+            let mut bent = good.clone();
+            bent[at] ^= 0x10;
+            link.on_datagram(now, &mut bent);
+            assert_eq!(outputs(&mut link), [], "byte {at}");
+        }
+    }
+}

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, ErrorKind, Result};
+
 /// The version in every event.
 pub const VERSION: u8 = 1;
 
@@ -301,6 +303,102 @@ pub enum Event {
         #[serde(skip_serializing_if = "Option::is_none")]
         hint: Option<String>,
     },
+    /// An event of a newer version than this: passed over, never sent.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Request {
+    /// The request as one line, with its newline.
+    ///
+    /// # Errors
+    /// `Usage` where a path in it is not UTF-8: JSON cannot carry it.
+    pub fn to_line(&self) -> Result<String> {
+        line(self)
+    }
+}
+
+impl Event {
+    /// The event as one line, with `"v"` before all else and its newline.
+    ///
+    /// # Errors
+    /// `Usage` where a path in it is not UTF-8: JSON cannot carry it.
+    pub fn to_line(&self) -> Result<String> {
+        #[derive(Serialize)]
+        struct Line<'a> {
+            v: u8,
+            #[serde(flatten)]
+            event: &'a Event,
+        }
+        line(&Line { v: VERSION, event: self })
+    }
+
+    /// Reads a line. Fields that this version does not know are passed over; an event that it does
+    /// not know is [`Event::Unknown`].
+    ///
+    /// # Errors
+    /// `Other` where it is no JSON, or a known event lacks a field.
+    pub fn from_line(line: &str) -> Result<Self> {
+        serde_json::from_str(line).map_err(|error| {
+            Error::new(
+                ErrorKind::Other,
+                format!("the other process said what this one cannot read: {error}"),
+            )
+            .hint("if potluck was updated, stop the old process first: potluck down")
+        })
+    }
+
+    /// The failure that is told by this event.
+    pub fn failed(error: &Error) -> Self {
+        Self::Failed {
+            code: error.exit_code(),
+            error: error.message.clone(),
+            hint: error.hint.clone(),
+        }
+    }
+
+    /// The failure, where this event tells one.
+    pub fn failure(&self) -> Option<Error> {
+        let Self::Failed { code, error, hint } = self else { return None };
+        let kind = match code {
+            2 => ErrorKind::Usage,
+            3 => ErrorKind::NotFound,
+            4 => ErrorKind::Refused,
+            5 => ErrorKind::NoSource,
+            6 => ErrorKind::IndexUnreachable,
+            7 => ErrorKind::Integrity,
+            8 => ErrorKind::DiskFull,
+            9 => ErrorKind::Partly,
+            10 => ErrorKind::Exists,
+            130 => ErrorKind::Interrupted,
+            _ => ErrorKind::Other,
+        };
+        Some(Error { kind, message: error.clone(), hint: hint.clone() })
+    }
+
+    /// Whether this tells of something under way, so that a later event of its kind replaces it and
+    /// nothing is lost where a slow reader misses it.
+    pub const fn is_progress(&self) -> bool {
+        matches!(self, Self::Hashing { .. } | Self::Progress { .. } | Self::Verifying { .. })
+    }
+
+    /// Whether this can be the last event of a request: its result or its failure.
+    pub const fn is_result(&self) -> bool {
+        !self.is_progress()
+            && !matches!(
+                self,
+                Self::Note { .. } | Self::Founded { .. } | Self::Fetching { .. } | Self::Unknown
+            )
+    }
+}
+
+fn line(of: &impl Serialize) -> Result<String> {
+    let mut line = serde_json::to_string(of).map_err(|error| {
+        Error::new(ErrorKind::Usage, format!("cannot be said in JSON: {error}"))
+            .hint("only paths of valid UTF-8 can be shared or fetched to")
+    })?;
+    line.push('\n');
+    Ok(line)
 }
 
 /// Who sent how much.
@@ -441,4 +539,89 @@ pub struct Member {
     pub invitation: String,
     /// Seconds since the index heard of it; none: not since the index started.
     pub silent_s: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress() -> Event {
+        Event::Progress {
+            id: "ab".into(),
+            done: 1,
+            total: u64::MAX,
+            rate: 3,
+            sources: 1,
+            hosts: 2,
+            waiting: None,
+        }
+    }
+
+    #[test]
+    fn every_line_begins_with_the_version_and_is_read_back() {
+        let status = Event::Status(Box::new(Status {
+            peer: "p".into(),
+            network: None,
+            role: None,
+            index: vec!["10.0.0.5:7700".into()],
+            index_reachable: true,
+            is_index: false,
+            listen: "0.0.0.0:1".into(),
+            pid: 7,
+            seconds: 1,
+            sent: 0,
+            received: 0,
+            contents: vec![],
+        }));
+        for event in [progress(), Event::Stopping, Event::Note { text: "a\nb".into() }, status] {
+            let line = event.to_line().unwrap();
+            assert!(line.starts_with(r#"{"v":1,"event":""#), "{line}");
+            assert_eq!(line.find('\n'), Some(line.len() - 1), "{line}");
+            assert_eq!(Event::from_line(&line), Ok(event));
+        }
+    }
+
+    #[test]
+    fn what_a_newer_version_adds_is_passed_over() {
+        let stopping = Event::from_line(r#"{"v":2,"event":"stopping","gently":true}"#);
+        assert_eq!(stopping, Ok(Event::Stopping));
+        let unknown = Event::from_line(r#"{"v":2,"event":"dance","with":{"a":[1]}}"#);
+        assert_eq!(unknown, Ok(Event::Unknown));
+        assert!(!Event::Unknown.is_result());
+        assert!(Event::from_line(r#"{"event":"left"}"#).is_err(), "a field is missing");
+        assert!(Event::from_line("hello").is_err());
+    }
+
+    #[test]
+    fn a_failure_keeps_its_exit_code_over_the_socket() {
+        for kind in [
+            ErrorKind::Other,
+            ErrorKind::Usage,
+            ErrorKind::NotFound,
+            ErrorKind::Refused,
+            ErrorKind::NoSource,
+            ErrorKind::IndexUnreachable,
+            ErrorKind::Integrity,
+            ErrorKind::DiskFull,
+            ErrorKind::Partly,
+            ErrorKind::Exists,
+            ErrorKind::Interrupted,
+        ] {
+            let error = Error::new(kind, "what; why").hint("do this");
+            let event = Event::failed(&error);
+            assert!(event.is_result());
+            let read = Event::from_line(&event.to_line().unwrap()).unwrap();
+            assert_eq!(read.failure(), Some(error));
+        }
+        assert_eq!(progress().failure(), None);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_path_that_json_cannot_carry_is_refused_and_not_mangled() {
+        use std::os::unix::ffi::OsStrExt;
+        let path = std::ffi::OsStr::from_bytes(b"/tmp/\xff").into();
+        let request = Request::Share { path, name: None };
+        assert_eq!(request.to_line().unwrap_err().kind, ErrorKind::Usage);
+    }
 }

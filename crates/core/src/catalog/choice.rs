@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 
+use crate::dice::Dice;
 use crate::id::MemberNumber;
 use crate::wire::datagram::{Code, Found, Host, Load, Refusal, Search};
 
@@ -80,7 +81,9 @@ impl Catalog {
         }
         if hosts.is_empty() {
             let text = match hosts_in_all {
-                1 => "its only host is the asking machine, or reachable on the index's machine only",
+                1 => {
+                    "its only host is the asking machine, or reachable on the index's machine only"
+                }
                 _ => "its hosts are reachable on the index's own machine only",
             };
             return Err(refuse(Code::NoHosts, text));
@@ -114,8 +117,7 @@ impl Catalog {
     }
 
     fn is_eligible(&self, asker: Asker, host: MemberNumber) -> bool {
-        host != asker.member
-            && (asker.loopback || !self.standings[host.0 as usize].loopback)
+        host != asker.member && (asker.loopback || !self.standings[host.0 as usize].loopback)
     }
 
     /// Draws `count` hosts of a range of a content's hosts, none twice: each the better of two drawn
@@ -136,11 +138,12 @@ impl Catalog {
         };
         let strain = |h: &Hosting| self.standings[h.member.0 as usize].strain();
         let dice = &mut self.dice;
+        let pick = |dice: &mut Dice, n: usize| dice.below(n as u64) as usize;
         if hosts.len() <= 4 * usize::from(Search::MAX_HOSTS) {
             let fresh = hosts.iter().filter(|h| is_fresh(h.member, chosen));
             let mut left: Vec<Hosting> = fresh.copied().collect();
             for _ in 0..count.min(left.len()) {
-                let (a, b) = (dice.below(left.len()), dice.below(left.len()));
+                let (a, b) = (pick(dice, left.len()), pick(dice, left.len()));
                 let better = if strain(&left[a]) <= strain(&left[b]) { a } else { b };
                 chosen.push(left.swap_remove(better));
             }
@@ -150,7 +153,7 @@ impl Catalog {
         // to a bound.
         let enough = chosen.len() + count;
         for _ in 0..4 * count {
-            let (a, b) = (hosts[dice.below(hosts.len())], hosts[dice.below(hosts.len())]);
+            let (a, b) = (hosts[pick(dice, hosts.len())], hosts[pick(dice, hosts.len())]);
             let better = if strain(&a) <= strain(&b) { a } else { b };
             if is_fresh(better.member, chosen) {
                 chosen.push(better);

@@ -20,10 +20,10 @@ use crate::id::{ContentId, MemberNumber, Name, PeerId, Version};
 use crate::trust::NameRecord;
 use crate::wire::datagram::{Code, HELD_ALL, Item, Load, Refusal, digest_part};
 
-use choice::Standing;
 pub use choice::Asker;
-pub use listing::{Pattern, Scan};
+use choice::Standing;
 use listing::Changes;
+pub use listing::{Pattern, Scan};
 use names::Named;
 
 /// How much a catalog may hold. Everything a member can make grow stands here.
@@ -173,8 +173,8 @@ pub struct Catalog {
 impl Catalog {
     /// An empty catalog whose changes are counted from `sequence`.
     pub fn new(limits: Limits, sequence: u64, dice: u64) -> Self {
-        let mut dice = Dice::new(dice);
-        let seeded = Seeded([dice.throw(), dice.throw()]);
+        let mut dice = Dice(dice);
+        let seeded = Seeded([dice.next(), dice.next()]);
         Self {
             limits,
             by_id: HashMap::with_hasher(seeded),
@@ -252,7 +252,10 @@ impl Catalog {
         if let Some(slot) = slot {
             let content = &self.contents[slot as usize];
             if content.size != item.size && content.hosts.len() > usize::from(mine) {
-                return Err(refuse(Code::SizeDiffers, format!("others say {} bytes", content.size)));
+                return Err(refuse(
+                    Code::SizeDiffers,
+                    format!("others say {} bytes", content.size),
+                ));
             }
         }
         if mine {
@@ -352,12 +355,11 @@ impl Catalog {
     }
 
     /// A member begins to repeat all its registrations, or goes on with it, in what it calls round
-    /// `round`. Rounds it left behind, told late by the network, change nothing.
+    /// `round`.
     pub fn enter_round(&mut self, member: MemberNumber, round: u32) {
         if let Some(hoster) = self.hoster_mut(member)
-            && hoster.is_ahead(round)
+            && hoster.round.replace(round) != Some(round)
         {
-            hoster.round = Some(round);
             hoster.stamp = hoster.stamp.wrapping_add(1);
         }
     }
@@ -446,7 +448,8 @@ impl Catalog {
         if let Some(slot) = self.by_id.get(&id) {
             return *slot;
         }
-        let content = Content { id, size: 0, hosts: vec![], complete: 0, records: 0, names: vec![] };
+        let content =
+            Content { id, size: 0, hosts: vec![], complete: 0, records: 0, names: vec![] };
         let slot = match self.free.pop() {
             Some(slot) => {
                 self.contents[slot as usize] = content;
@@ -562,7 +565,11 @@ impl Catalog {
                 assert_eq!(hosting.held == HELD_ALL, among_complete, "complete hosts stand first");
             }
             let listed = !content.hosts.is_empty() && content.names.is_empty();
-            assert_eq!(self.nameless.get(&content.id).is_some(), listed, "nameless, listed, or not");
+            assert_eq!(
+                self.nameless.get(&content.id).is_some(),
+                listed,
+                "nameless, listed, or not"
+            );
         }
         assert_eq!(registrations, self.registrations, "registrations are miscounted");
         let hosted = self.contents.iter().filter(|c| !c.hosts.is_empty()).count();
@@ -589,16 +596,6 @@ impl Catalog {
         assert_eq!(holds, self.registrations, "a host holds what no content says");
         let hosting = self.hosters.iter().flatten().filter(|h| !h.holds.is_empty()).count();
         assert_eq!(hosting, self.hosting, "hosts are miscounted");
-    }
-}
-
-impl Hoster {
-    /// Whether `round` is a new one. Rounds are numbered upwards from anywhere (a peer that restarts
-    /// begins anew), so only those just behind the current one are taken for late.
-    fn is_ahead(&self, round: u32) -> bool {
-        /// Rounds that a datagram can be late by.
-        const LATE: u32 = 1_024;
-        self.round.is_none_or(|current| current.wrapping_sub(round) > LATE)
     }
 }
 

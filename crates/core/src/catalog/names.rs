@@ -58,7 +58,8 @@ impl Catalog {
         {
             return Err(stale(named));
         }
-        if named.versions.len() >= self.limits.versions_a_name && self.forgettable(named).is_none() {
+        if named.versions.len() >= self.limits.versions_a_name && self.forgettable(named).is_none()
+        {
             return Err(refuse(Code::Quota, "this name has as many versions as it may"));
         }
         self.room_for_record(record)
@@ -134,9 +135,7 @@ impl Catalog {
     /// Whether exactly this record is known.
     pub fn has_record(&self, record: &NameRecord) -> bool {
         let at = self.by_name.get(record.name.as_str());
-        at.is_some_and(|at| {
-            self.named[*at as usize].versions.get(&record.version) == Some(record)
-        })
+        at.is_some_and(|at| self.named[*at as usize].versions.get(&record.version) == Some(record))
     }
 
     fn forget(&mut self, at: u32, version: Version) {
@@ -208,13 +207,16 @@ impl Catalog {
         let newest = named.newest().map_or(Version(0), |record| record.version);
         let Some(record) = named.versions.get(&version.unwrap_or(newest)) else {
             let asked = version.unwrap_or(newest);
-            return Err(not_found(format!("{shown} has no version @{asked}; its newest is @{newest}")));
+            return Err(not_found(format!(
+                "{shown} has no version @{asked}; its newest is @{newest}"
+            )));
         };
         if let Some(slot) = self.hosted_slot(&record.id) {
             return Ok((slot, Some(record)));
         }
         let hosted = |record: &&NameRecord| self.hosted_slot(&record.id).is_some();
-        let (asked, which) = (record.version, if record.version == newest { "newest " } else { "" });
+        let (asked, which) =
+            (record.version, if record.version == newest { "newest " } else { "" });
         let what = format!("{shown} exists, but its {which}version @{asked} has no host now");
         Err(refuse(
             Code::NoHosts,

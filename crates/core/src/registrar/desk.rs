@@ -3,14 +3,14 @@
 
 use crate::id::{MemberNumber, PeerId};
 use crate::time::{Moment, WallTime};
+use crate::trust::{Certificate, Role};
 use crate::wire::desk::{
-    Answer, Ask, DeskCode, DeskRefusal, InviteTerms, MAX_MEMBERS, Member as ListedMember, Removal,
-    Session,
+    Answer, Ask, DeskCode, DeskRefusal, InviteTerms, Join, MAX_MEMBERS, Member as ListedMember,
+    Removal, Session,
 };
 
 use super::members::{Joined, Member, refuse};
-use super::{Change, Output, Registrar, Ticket};
-use crate::trust::Role;
+use super::{Output, Registrar, Ticket};
 
 /// Who is at the desk, as TLS proved it.
 #[derive(Clone, Copy)]
@@ -32,27 +32,34 @@ pub struct Invited {
 
 impl Registrar {
     /// Somebody asks at the desk. There is one output for the ticket: an answer, or silence.
-    pub fn on_ask(&mut self, now: Moment, wall: WallTime, caller: Caller, ask: Ask, ticket: Ticket) {
-        let mut changes = vec![];
-        let durable = matches!(ask, Ask::Join(_) | Ask::Invite(_) | Ask::Remove(_));
+    pub fn on_ask(
+        &mut self,
+        now: Moment,
+        wall: WallTime,
+        caller: Caller,
+        ask: Ask,
+        ticket: Ticket,
+    ) {
+        let durable = weighs(&ask);
         let answer = match ask {
-            Ask::Join(join) => {
-                match self.roster.join(caller.peer, &caller.exporter, &join, wall, &mut changes) {
-                    Joined::Ignored => None,
-                    Joined::Refused(refusal) => Some(Answer::Refused(refusal)),
-                    Joined::Welcome(number) => self
-                        .roster
-                        .certify(&self.key, number, None, wall, &mut changes)
-                        .map(|certificate| Answer::Welcome(Box::new(certificate))),
-                }
+            Ask::Join(join) => self.join(wall, caller, &join),
+            Ask::Session { label, revocations, certificate } => {
+                let shown = certificate.as_ref();
+                self.open_session(wall, caller.peer, &label, revocations, shown)
             }
-            ask => self.answer_member(now, wall, caller.peer, ask, &mut changes),
+            ask => self.answer_member(now, wall, caller.peer, ask),
         };
-        self.save(changes);
         self.outputs.push_back(match answer {
             Some(answer) => Output::Answer { ticket, answer, durable },
             None => Output::Ignore { ticket },
         });
+    }
+
+    /// The operator asks, on the index's own machine: as an admin would. There is one answer.
+    pub fn on_operator(&mut self, now: Moment, wall: WallTime, ask: Ask, ticket: Ticket) {
+        let durable = weighs(&ask);
+        let answer = self.answer_admin(now, wall, ask);
+        self.outputs.push_back(Output::Answer { ticket, answer, durable });
     }
 
     /// The operator of the index makes an invitation. Its rows are among the outputs: print it only
@@ -95,68 +102,108 @@ impl Registrar {
         Ok(going.len() as u32)
     }
 
-    /// Answers one who must be a member; `None` to anybody else.
+    fn join(&mut self, wall: WallTime, caller: Caller, join: &Join) -> Option<Answer> {
+        let mut changes = vec![];
+        let joined = self.roster.join(caller.peer, &caller.exporter, join, wall, &mut changes);
+        self.save(changes);
+        match joined {
+            Joined::Ignored => None,
+            Joined::Refused(refusal) => Some(Answer::Refused(refusal)),
+            Joined::Welcome(number) => {
+                let certificate = self.certify(number, None, wall)?;
+                Some(Answer::Welcome(Box::new(certificate)))
+            }
+        }
+    }
+
+    /// Answers one who must be a member, and an admin; `None` to anybody else.
     fn answer_member(
         &mut self,
         now: Moment,
         wall: WallTime,
         peer: PeerId,
         ask: Ask,
-        changes: &mut Vec<Change>,
     ) -> Option<Answer> {
         let member = self.roster.member_with(peer)?;
-        let (number, role) = (member.number, member.role);
         if member.removed.is_some() {
-            let text = "this machine was removed from the network";
-            return Some(Answer::Refused(refuse(DeskCode::Removed, text)));
+            return Some(removed());
         }
-        if role != Role::Admin && !matches!(ask, Ask::Session { .. }) {
+        if member.role != Role::Admin {
             let text = "only an admin may do this: ask the index's operator";
             return Some(Answer::Refused(refuse(DeskCode::NotAllowed, text)));
         }
+        Some(self.answer_admin(now, wall, ask))
+    }
+
+    fn answer_admin(&mut self, now: Moment, wall: WallTime, ask: Ask) -> Answer {
         let answer = match ask {
-            Ask::Join(_) => return None, // answered before anybody was asked to be a member
-            Ask::Session { label, revocations } => {
-                let session = self.open_session(wall, number, &label, revocations, changes)?;
-                Ok(Answer::Session(Box::new(session)))
+            Ask::Join(_) | Ask::Session { .. } => {
+                Err(refuse(DeskCode::BadRequest, "this is asked at the desk, by a machine"))
             }
             Ask::Invite(terms) => self
                 .make_invitation(now, wall, terms)
                 .map(|Invited { secret, terms }| Answer::Invited { secret, terms }),
             Ask::Members => {
                 let mut members = self.members(now);
-                members.truncate(MAX_MEMBERS); // the rest is seen at the index itself
+                members.truncate(MAX_MEMBERS); // as many as an answer holds
                 Ok(Answer::Members(members))
             }
             Ask::Remove(removal) => self.remove(now, wall, &removal).map(Answer::Removed),
         };
-        Some(answer.unwrap_or_else(Answer::Refused))
+        answer.unwrap_or_else(Answer::Refused)
     }
 
+    /// A member fetches keys and a fresh certificate. A machine that is not known but shows a
+    /// certificate that this index once signed is taken back: the index has lost its file.
     fn open_session(
         &mut self,
         wall: WallTime,
-        number: MemberNumber,
+        peer: PeerId,
         label: &str,
         revocations: u32,
-        changes: &mut Vec<Change>,
-    ) -> Option<Session> {
-        let certificate =
-            self.roster.certify(&self.key, number, Some(label), wall, changes)?;
+        shown: Option<&Certificate>,
+    ) -> Option<Answer> {
+        let number = match self.roster.member_with(peer) {
+            Some(Member { removed: Some(_), .. }) => return Some(removed()),
+            Some(member) => member.number,
+            None => {
+                let shown = shown.filter(|c| c.check(self.network, peer, wall).is_ok())?;
+                let mut changes = vec![];
+                let number = self.roster.take_back(shown, wall, &mut changes);
+                self.save(changes);
+                match number {
+                    Ok(number) => number,
+                    Err(refusal) => return Some(Answer::Refused(refusal)),
+                }
+            }
+        };
+        let certificate = self.certify(number, Some(label), wall)?;
         let (epoch, salt) = (self.epochs.current(), u64::from_be_bytes(self.secrets.draw()));
         let keys = self.epochs.session(epoch, self.network, number, salt)?;
         let list = self.roster.revocations();
-        Some(Session {
+        Some(Answer::Session(Box::new(Session {
             member: number,
             epoch,
             salt,
             key_to_index: keys.to_index,
             key_from_index: keys.from_index,
-            heartbeat_s: self.settings.heartbeat.as_secs().clamp(1, u64::from(u16::MAX)) as u16,
+            heartbeat_s: self.settings.heartbeat_s.max(1),
             valid_s: u32::try_from(self.settings.session.as_secs()).unwrap_or(u32::MAX),
             certificate,
-            revocations: (list.version != revocations).then(|| list.clone()),
-        })
+            revocations: (list.version > revocations).then(|| list.clone()),
+        })))
+    }
+
+    fn certify(
+        &mut self,
+        number: MemberNumber,
+        label: Option<&str>,
+        wall: WallTime,
+    ) -> Option<Certificate> {
+        let mut changes = vec![];
+        let certificate = self.roster.certify(&self.key, number, label, wall, &mut changes);
+        self.save(changes);
+        certificate
     }
 
     fn listed(&self, member: &Member, now: Moment) -> ListedMember {
@@ -172,4 +219,13 @@ impl Registrar {
             silent_s: heard.map(|h| u32::try_from(now.since(h).as_secs()).unwrap_or(u32::MAX)),
         }
     }
+}
+
+/// Whether an answer may be given only once what it says is on disk.
+const fn weighs(ask: &Ask) -> bool {
+    matches!(ask, Ask::Join(_) | Ask::Invite(_) | Ask::Remove(_))
+}
+
+fn removed() -> Answer {
+    Answer::Refused(refuse(DeskCode::Removed, "this machine was removed from the network"))
 }

@@ -179,7 +179,12 @@ impl Epochs {
     }
 }
 
-fn fresh(number: u16, secrets: &mut Secrets, wall: WallTime, changes: &mut Vec<Change>) -> EpochSecret {
+fn fresh(
+    number: u16,
+    secrets: &mut Secrets,
+    wall: WallTime,
+    changes: &mut Vec<Change>,
+) -> EpochSecret {
     let secret = EpochSecret(secrets.draw());
     changes.push(saved::epoch(number, Some((&secret.0, wall))));
     secret
@@ -360,6 +365,38 @@ impl Roster {
         Joined::Welcome(number)
     }
 
+    /// A machine that this index once made a member, and then lost its file, is one again: with its
+    /// old number where that is free, and as if it had come by no invitation.
+    pub(super) fn take_back(
+        &mut self,
+        shown: &Certificate,
+        wall: WallTime,
+        changes: &mut Vec<Change>,
+    ) -> Result<MemberNumber, DeskRefusal> {
+        if self.revocations.peers.contains(&shown.peer) {
+            return Err(refuse(DeskCode::Removed, "this machine was removed from the network"));
+        }
+        if self.by_peer.len() >= self.most_members {
+            return Err(refuse(DeskCode::Full, "the network has as many members as it may"));
+        }
+        let at = shown.member.0 as usize;
+        let free = (1..=self.most_members).contains(&at)
+            && self.members.get(at).is_none_or(Option::is_none);
+        let number = if free { shown.member } else { MemberNumber(self.members.len() as u32) };
+        let member = Member {
+            peer: shown.peer,
+            number,
+            role: shown.role,
+            label: clean_label(&shown.label),
+            joined: wall,
+            invitation: [0; 8],
+            removed: None,
+        };
+        changes.push(saved::member(&member));
+        self.restore_member(member);
+        Ok(number)
+    }
+
     /// Removes members; says which. Their certificates are revoked until the last has expired.
     pub(super) fn remove(
         &mut self,
@@ -404,7 +441,9 @@ impl Roster {
             }
         }
         if !going.is_empty() {
-            let version = self.revocations.version.saturating_add(1);
+            // No lower than the date, so that a list is newer than any before the file was lost.
+            let date = u32::try_from(wall.0).unwrap_or(u32::MAX);
+            let version = self.revocations.version.saturating_add(1).max(date);
             self.revocations = RevocationList::issue(key, version, revoked);
             changes.push(saved::revocations(&self.revocations));
         }
@@ -439,14 +478,18 @@ impl Roster {
 impl Invited {
     fn admits(&self, wall: WallTime) -> Result<(), DeskRefusal> {
         if self.withdrawn {
-            return Err(refuse(DeskCode::Withdrawn, "this invitation was withdrawn: ask for another"));
+            return Err(refuse(
+                DeskCode::Withdrawn,
+                "this invitation was withdrawn: ask for another",
+            ));
         }
         if wall > self.terms.expires {
             return Err(refuse(DeskCode::Expired, "this invitation has expired: ask for another"));
         }
         if self.used >= self.terms.uses {
             let uses = self.terms.uses;
-            let text = format!("this invitation was for {uses}, and used as often: ask for another");
+            let text =
+                format!("this invitation was for {uses}, and used as often: ask for another");
             return Err(refuse(DeskCode::UsedUp, text));
         }
         Ok(())

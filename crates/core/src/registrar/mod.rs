@@ -31,12 +31,12 @@ use crate::wire::desk::Answer;
 pub use desk::{Caller, Invited};
 pub use members::Member;
 use members::{Epochs, Roster, Secrets};
-pub use saved::{Change, Table};
 use saved::Saved;
+pub use saved::{Change, Table};
 use watch::Watchers;
 
 /// Heartbeats that a member may miss before what it hosts is forgotten.
-const LEASE_HEARTBEATS: u32 = 3;
+const LEASE_HEARTBEATS: u64 = 3;
 /// Rows looked at for a list that cost as much as one request.
 const ROWS_A_TOKEN: usize = 256;
 /// Requests that the verification of one signature costs as much as.
@@ -57,8 +57,8 @@ pub struct Boot {
 /// How an index behaves and how much it takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// How often members report; three missed, and what they host is forgotten. 1 s or more.
-    pub heartbeat: Duration,
+    /// How often members report, in seconds; three missed, and what they host is forgotten.
+    pub heartbeat_s: u16,
     /// What the catalog may hold.
     pub limits: Limits,
     /// Machines that ever joined, removed ones included.
@@ -80,7 +80,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            heartbeat: Duration::from_secs(30),
+            heartbeat_s: 30,
             limits: Limits::default(),
             members: 1 << 18,
             invitations: 10_000,
@@ -128,7 +128,9 @@ pub enum Output {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
     /// A row is not what was written.
-    #[error("a saved row of {0:?} is damaged ({1}): restore the file, or delete it and invite anew")]
+    #[error(
+        "a saved row of {0:?} is damaged ({1}): restore the file, or delete it and invite anew"
+    )]
     Damaged(Table, Malformed),
     /// The rows do not come in the order of tables.
     #[error("saved rows of {0:?} come too late")]
@@ -155,6 +157,9 @@ pub enum Dropped {
     Forged,
     /// It was seen before, or is too old to know.
     Replayed,
+    /// It would change what its sender hosts, and a later one that does came before it: it is asked
+    /// again, and then says what is the case.
+    Overtaken,
 }
 
 /// What the index has and did since it started.
@@ -188,6 +193,8 @@ struct Line {
     epoch: u16,
     salt: u64,
     reply_key: [u8; 16],
+    /// Where the datagram stands among all of its sender: which session, which counter.
+    order: (u64, u64),
 }
 
 /// What the index keeps of a member's session; made only when a datagram proved to be its own.
@@ -201,12 +208,19 @@ struct Session {
     reply_key: [u8; 16],
     window: ReplayWindow,
     used: Moment,
+    /// How many sessions this member had before.
+    nth: u64,
 }
 
 /// What the index knows of a member since it started.
 #[derive(Default)]
 struct Seat {
     sessions: Vec<Session>,
+    /// Sessions it ever had.
+    born: u64,
+    /// Session and counter of the last datagram that changed what it hosts: its changes are made in
+    /// the order in which it sent them, or an old one, late, would undo a newer.
+    changed: (u64, u64),
     bucket: Bucket,
     heard: Option<Moment>,
     /// Until when what it hosts stays; `None` while it hosts nothing.
@@ -251,10 +265,10 @@ impl Registrar {
         wall: WallTime,
     ) -> Result<Self, RestoreError> {
         let mut secrets = Secrets::new(boot.secret_seed);
-        let mut dice = Dice::new(boot.dice);
+        let mut dice = Dice(boot.dice);
         let mut roster = Roster::new(&key, settings.members, settings.invitations);
         // Changes are counted from the date on, so that no number of an earlier run is met again.
-        let mut catalog = Catalog::new(settings.limits, wall.0 << 20, dice.throw());
+        let mut catalog = Catalog::new(settings.limits, wall.0 << 20, dice.next());
         let mut epochs = vec![];
         let mut last = Table::Epochs;
         for (table, key, value) in saved {
@@ -304,11 +318,21 @@ impl Registrar {
     }
 
     /// A datagram came. It is opened in place. (The date matters at the desk only, so far.)
-    pub fn on_datagram(&mut self, now: Moment, _wall: WallTime, from: SocketAddr, datagram: &mut [u8]) {
+    pub fn on_datagram(
+        &mut self,
+        now: Moment,
+        _wall: WallTime,
+        from: SocketAddr,
+        datagram: &mut [u8],
+    ) {
         let length = datagram.len();
         match self.admit(now, from, datagram) {
             Err(dropped) => *self.stats.dropped.entry(dropped).or_default() += 1,
-            Ok((line, head, plaintext)) => self.heed(now, &line, &head, plaintext, length),
+            Ok((line, head, plaintext)) => {
+                if let Err(dropped) = self.heed(now, &line, &head, plaintext, length) {
+                    *self.stats.dropped.entry(dropped).or_default() += 1;
+                }
+            }
         }
     }
 
@@ -392,16 +416,26 @@ impl Registrar {
             return Err(Dropped::UnknownEpoch);
         }
         let at = member.0 as usize;
-        let sessions = self.seats.get_mut(at).and_then(|s| s.as_deref_mut()).map(|s| &mut s.sessions);
-        let known = sessions.and_then(|all| all.iter_mut().find(|s| (s.epoch, s.salt) == (epoch, salt)));
-        let line = |reply_key| Line { from, member, epoch, salt, reply_key };
+        let sessions =
+            self.seats.get_mut(at).and_then(|s| s.as_deref_mut()).map(|s| &mut s.sessions);
+        let known =
+            sessions.and_then(|all| all.iter_mut().find(|s| (s.epoch, s.salt) == (epoch, salt)));
+        let line = |reply_key, nth| Line {
+            from,
+            member,
+            epoch,
+            salt,
+            reply_key,
+            order: (nth, head.counter),
+        };
         if let Some(session) = known {
-            let plaintext = open(&session.to_index, head.counter, datagram).ok_or(Dropped::Forged)?;
+            let plaintext =
+                open(&session.to_index, head.counter, datagram).ok_or(Dropped::Forged)?;
             if !session.window.mark(head.counter) {
                 return Err(Dropped::Replayed);
             }
             session.used = now;
-            return Ok((line(session.reply_key), head, plaintext));
+            return Ok((line(session.reply_key, session.nth), head, plaintext));
         }
         let keys = self.epochs.session(epoch, self.network, member, salt);
         let keys = keys.ok_or(Dropped::UnknownEpoch)?;
@@ -409,43 +443,75 @@ impl Registrar {
         let mut window = ReplayWindow::default();
         window.mark(head.counter);
         let reply_key = keys.reply_key(self.boot);
-        let session = Session { epoch, salt, to_index: keys.to_index, reply_key, window, used: now };
         let most = self.settings.sessions_a_member;
-        self.seat(member).remember(session, now, most);
-        Ok((line(reply_key), head, plaintext))
+        let seat = self.seat(member);
+        seat.born += 1;
+        let nth = seat.born;
+        let to_index = keys.to_index;
+        let session = Session { epoch, salt, to_index, reply_key, window, used: now, nth };
+        seat.remember(session, now, most);
+        Ok((line(reply_key, nth), head, plaintext))
     }
 
     /// Answers a datagram that is authentic.
-    fn heed(&mut self, now: Moment, line: &Line, head: &RequestHead, plaintext: &[u8], length: usize) {
-        let Some((id, _)) = plaintext.split_first_chunk::<8>() else { return };
+    fn heed(
+        &mut self,
+        now: Moment,
+        line: &Line,
+        head: &RequestHead,
+        plaintext: &[u8],
+        length: usize,
+    ) -> Result<(), Dropped> {
+        let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
         let id = RequestId(u64::from_be_bytes(*id));
-        let short = |code, text: &str, cookie| Refusal { code, text: text.to_owned(), cookie };
         if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
-            let refusal = short(Code::Removed, "removed from the network", None);
-            return self.refuse_short(line, head.kind, id, refusal, length);
+            let refusal = refuse(Code::Removed, "removed from the network");
+            self.refuse_short(line, head.kind, id, refusal, length);
+            return Ok(());
         }
         if !self.jar.accepts(now, line.from, line.member, &head.cookie) {
-            let cookie = self.jar.bake(now, line.from, line.member);
-            let refusal = short(Code::CookieNeeded, "", Some(cookie));
-            return self.refuse_short(line, head.kind, id, refusal, length);
+            let cookie = Some(self.jar.bake(now, line.from, line.member));
+            let refusal = Refusal { code: Code::CookieNeeded, text: String::new(), cookie };
+            self.refuse_short(line, head.kind, id, refusal, length);
+            return Ok(());
         }
         let Settings { requests_a_second, burst, .. } = self.settings;
         let seat = self.seat(line.member);
         seat.heard = Some(now);
-        let reply = if !seat.bucket.take(now, requests_a_second, burst) {
+        let done = if !seat.bucket.take(now, requests_a_second, burst) {
             Err(refuse(Code::TooFast, "too many requests: wait a second"))
         } else if self.epochs.ends_soon(line.epoch, now) {
             Err(refuse(Code::SessionOver, "fetch new keys"))
         } else {
             match Request::decode(head.kind, plaintext) {
-                Ok((_, request)) => self.act(now, line, request),
+                Ok((_, request)) => {
+                    self.keep_order(line, &request)?;
+                    self.act(now, line, request)
+                }
                 Err(malformed) => Err(refuse(Code::BadRequest, malformed.to_string())),
             }
         };
-        let reply = reply.map_or_else(Reply::Error, Reply::Ack);
-        self.reply(line, head.kind, id, &reply);
+        self.reply(line, head.kind, id, &done.map_or_else(Reply::Error, Reply::Ack));
         self.settle(line.member);
         self.watchers.note(now, self.catalog.sequence());
+        Ok(())
+    }
+
+    /// Refuses a change of what a member hosts that a later one of it has overtaken.
+    fn keep_order(&mut self, line: &Line, request: &Request) -> Result<(), Dropped> {
+        let changes = match request {
+            Request::Register(register) => !register.items.is_empty() || register.round_ends,
+            Request::Deregister(_) => true,
+            Request::Search(_) | Request::List(_) | Request::Watch(_) => false,
+        };
+        let seat = self.seat(line.member);
+        if changes && line.order < seat.changed {
+            return Err(Dropped::Overtaken);
+        }
+        if changes {
+            seat.changed = line.order;
+        }
+        Ok(())
     }
 
     fn act(&mut self, now: Moment, line: &Line, request: Request) -> Result<Ack, Refusal> {
@@ -463,7 +529,12 @@ impl Registrar {
         }
     }
 
-    fn register(&mut self, now: Moment, line: &Line, said: &Register) -> Result<Registered, Refusal> {
+    fn register(
+        &mut self,
+        now: Moment,
+        line: &Line,
+        said: &Register,
+    ) -> Result<Registered, Refusal> {
         let number = line.member;
         let Some(member) = self.roster.member(number) else {
             return Err(refuse(Code::Removed, "removed from the network"));
@@ -477,8 +548,8 @@ impl Registrar {
             let address = SocketAddr::new(line.from.ip().to_canonical(), said.port);
             self.catalog.report(number, peer, address, said.load);
         }
-        if said.round != 0 {
-            self.catalog.enter_round(number, said.round);
+        if said.round != 0 && (said.round_ends || !said.items.is_empty()) {
+            self.catalog.enter_round(number, said.round); // heartbeats may come late, and begin none
         }
         let mut refused = vec![];
         for (position, item) in said.items.iter().enumerate() {
@@ -490,13 +561,12 @@ impl Registrar {
         if said.round_ends {
             self.catalog.end_round(number, said.round);
         }
-        let lease = self.settings.heartbeat * LEASE_HEARTBEATS;
-        self.renew(number, now + lease);
+        self.renew(number, now + self.lease());
         let theirs = u128::from_le_bytes(said.digest);
         let repeat_all = theirs != 0 && theirs != self.catalog.digest(number);
         self.stats.repeats += u64::from(repeat_all);
-        let seconds = |time: Duration| time.as_secs().clamp(1, u64::from(u16::MAX)) as u16;
-        let (lease_s, heartbeat_s) = (seconds(lease), seconds(self.settings.heartbeat));
+        let lease_s = self.lease().as_secs().min(u64::from(u16::MAX)) as u16;
+        let heartbeat_s = self.settings.heartbeat_s.max(1);
         Ok(Registered { lease_s, heartbeat_s, repeat_all, refused })
     }
 
@@ -552,7 +622,14 @@ impl Registrar {
 
     /// Answers a member whose address is not proven, or that is none any more: always with less
     /// than it sent.
-    fn refuse_short(&mut self, line: &Line, kind: u8, id: RequestId, refusal: Refusal, length: usize) {
+    fn refuse_short(
+        &mut self,
+        line: &Line,
+        kind: u8,
+        id: RequestId,
+        refusal: Refusal,
+        length: usize,
+    ) {
         let sent = self.outputs.len();
         self.reply(line, kind, id, &Reply::Error(refusal));
         if let Some(Output::Send { datagram, .. }) = self.outputs.get(sent)
@@ -595,6 +672,10 @@ impl Registrar {
         self.seats[at].get_or_insert_with(Box::default)
     }
 
+    fn lease(&self) -> Duration {
+        Duration::from_secs(u64::from(self.settings.heartbeat_s.max(1)) * LEASE_HEARTBEATS)
+    }
+
     /// A member's lease holds until `until`, if it hosts anything.
     fn renew(&mut self, member: MemberNumber, until: Moment) {
         if self.catalog.hosted_by(member) == 0 {
@@ -609,7 +690,7 @@ impl Registrar {
     }
 
     fn grant_leases(&mut self, now: Moment) {
-        let until = now + self.settings.heartbeat * LEASE_HEARTBEATS;
+        let until = now + self.lease();
         let members: Vec<MemberNumber> = self.roster.present().map(|m| m.number).collect();
         for member in members {
             let address = self.catalog.address_of(member);

@@ -43,6 +43,19 @@ impl Table {
         Self::Addresses,
         Self::Registrations,
     ];
+
+    /// What a store calls it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Epochs => "epochs",
+            Self::Members => "members",
+            Self::Invitations => "invitations",
+            Self::Revocations => "revocations",
+            Self::Names => "names",
+            Self::Addresses => "addresses",
+            Self::Registrations => "registrations",
+        }
+    }
 }
 
 /// One row to be written, or deleted where it has no value. Holds secrets: no `Debug`.
@@ -83,7 +96,11 @@ pub(super) fn member(member: &Member) -> Change {
     value.put(&member.invitation);
     value.u64(member.removed.map_or(0, |removed| removed.0.max(1)));
     value.text8(&member.label);
-    Change { table: Table::Members, key: member.number.0.to_be_bytes().to_vec(), value: Some(value) }
+    Change {
+        table: Table::Members,
+        key: member.number.0.to_be_bytes().to_vec(),
+        value: Some(value),
+    }
 }
 
 pub(super) fn invitation(id: [u8; 8], invited: Option<&Invited>) -> Change {
@@ -171,7 +188,10 @@ pub(super) fn read(table: Table, key: &[u8], value: &[u8]) -> Result<Saved, Malf
             let (id, secret) = (k.array()?, v.array()?);
             let (role, uses) = (Role::from_byte(v.u8()?)?, v.u32()?);
             let terms = InviteTerms { role, uses, expires: WallTime(v.u64()?) };
-            Saved::Invitation(id, Invited { secret, terms, used: v.u32()?, withdrawn: v.u8()? != 0 })
+            Saved::Invitation(
+                id,
+                Invited { secret, terms, used: v.u32()?, withdrawn: v.u8()? != 0 },
+            )
         }
         Table::Revocations => {
             k.take_rest();

@@ -83,14 +83,8 @@ impl Registrar {
         let missed = watch.since != 0 && !self.catalog.remembers(watch.since);
         let since = if watch.since == 0 || missed { sequence } else { watch.since };
         let owed = since < sequence;
-        let watcher = Watcher {
-            line: *line,
-            pattern,
-            until: now + LEASE,
-            told: since,
-            looked: since,
-            owed,
-        };
+        let watcher =
+            Watcher { line: *line, pattern, until: now + LEASE, told: since, looked: since, owed };
         self.watchers.all.insert(line.member, watcher);
         if owed {
             self.watchers.due = Some(now);

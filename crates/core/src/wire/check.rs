@@ -7,6 +7,8 @@ use super::datagram::{Notice, Reply, Request};
 use super::desk::{Answer, Ask, Membership};
 use super::stream::Frame;
 use crate::id::ContentId;
+use crate::manifest::Manifest;
+use crate::proof::Proof;
 use crate::seal::{ReplyHead, RequestHead};
 use crate::trust::{Certificate, Invitation, NameRecord, RevocationList};
 
@@ -93,6 +95,18 @@ pub fn trust(input: &[u8]) -> bool {
     false
 }
 
+/// A folder's manifest; what is a manifest is cut into pieces and lacks a proof as well.
+pub fn manifest(input: &[u8]) -> bool {
+    let Ok(manifest) = Manifest::decode(input) else { return false };
+    assert!(manifest.encode() == input, "a manifest has two forms");
+    if let Ok(layout) = manifest.layout() {
+        let proved = Proof::of_folder(&manifest, &layout, &[]).is_ok();
+        let files = 0..layout.files();
+        assert_eq!(proved, files.into_iter().all(|file| layout.pieces_of(file).len() <= 1));
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +127,7 @@ mod tests {
                 check(&[&[first | 0x80], &bytes[..]].concat());
             }
             trust(&bytes);
+            manifest(&[crate::manifest::HEADER, &bytes].concat());
         }
 
         #[test]

@@ -976,6 +976,11 @@ mod tests {
             let mut out = vec![];
             row.write(&mut out);
             prop_assert_eq!(out.len(), row.wire_len());
+            let page = Page { sequence: 0, rows: vec![], more: false };
+            let empty = Reply::Ack(Ack::Page(page)).encode(ID);
+            prop_assert_eq!(MAX_PLAINTEXT - empty.len(), ROWS_ROOM);
+            let empty = Notice { before: 0, after: 0, rows: vec![] }.encode();
+            prop_assert!(MAX_PLAINTEXT - empty.len() >= ROWS_ROOM);
             let load = Load::default();
             let (digest, round, round_ends) = ([0; 16], 0, false);
             let len = item.wire_len();

@@ -28,6 +28,8 @@ pub enum Ask {
         label: String,
         /// The revocation list it has.
         revocations: u32,
+        /// The certificate it has: lets an index that lost its file know its members again.
+        certificate: Option<Certificate>,
     },
     /// An admin makes an invitation.
     Invite(InviteTerms),
@@ -209,10 +211,11 @@ impl Ask {
                 out.put(&join.tag);
                 out.text8(&clean_label(&join.label));
             }
-            Self::Session { label, revocations } => {
+            Self::Session { label, revocations, certificate } => {
                 out.u8(asked::SESSION);
                 out.u32(*revocations);
                 out.text8(&clean_label(label));
+                out.bytes16(&certificate.as_ref().map(Certificate::encode).unwrap_or_default());
             }
             Self::Invite(terms) => {
                 out.u8(asked::INVITE);
@@ -245,7 +248,14 @@ impl Ask {
                 tag: r.array()?,
                 label: read_label(&mut r)?,
             }),
-            asked::SESSION => Self::Session { revocations: r.u32()?, label: read_label(&mut r)? },
+            asked::SESSION => Self::Session {
+                revocations: r.u32()?,
+                label: read_label(&mut r)?,
+                certificate: match r.bytes16()? {
+                    [] => None,
+                    bytes => Some(Certificate::decode(bytes)?),
+                },
+            },
             asked::INVITE => Self::Invite(InviteTerms::read(&mut r)?),
             asked::MEMBERS => Self::Members,
             asked::REMOVE => Self::Remove(match r.u8()? {
@@ -458,8 +468,13 @@ mod tests {
         prop_oneof![
             (any::<[u8; 8]>(), any::<[u8; 32]>(), label())
                 .prop_map(|(invitation, tag, label)| Ask::Join(Join { invitation, tag, label })),
-            (label(), any::<u32>())
-                .prop_map(|(label, revocations)| Ask::Session { label, revocations }),
+            (label(), any::<u32>(), option::of(certificate())).prop_map(
+                |(label, revocations, certificate)| Ask::Session {
+                    label,
+                    revocations,
+                    certificate
+                }
+            ),
             terms().prop_map(Ask::Invite),
             Just(Ask::Members),
             peer().prop_map(|peer| Ask::Remove(Removal::Peer(peer))),
@@ -619,7 +634,7 @@ mod tests {
     fn a_label_is_cleaned_before_it_is_sent() {
         let label = format!(" a\u{202E}\n{} ", "é".repeat(60));
         let Ok(Ask::Session { label, .. }) =
-            Ask::decode(&Ask::Session { label, revocations: 0 }.encode())
+            Ask::decode(&Ask::Session { label, revocations: 0, certificate: None }.encode())
         else {
             panic!("it is a question for a session")
         };

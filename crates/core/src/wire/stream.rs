@@ -73,7 +73,7 @@ pub enum Frame<'a> {
     },
     /// Opener: send the metadata.
     WantMeta(Channel),
-    /// Host: the next bytes of manifest ‖ proof, at most [`META_CHUNK`].
+    /// Host: the next bytes of manifest ‖ proof, 1 to [`META_CHUNK`].
     Meta(Channel, &'a [u8]),
     /// Either: what I hold, all of it at once. `u32` pieces in all, then the bits.
     Have(Channel, Bitfield),
@@ -306,8 +306,8 @@ impl<'a> Frame<'a> {
             kind::WANT_META => Self::WantMeta(from_opener(r)?),
             kind::META => {
                 let (channel, bytes) = (from_host(r)?, r.take_rest());
-                if bytes.len() > META_CHUNK {
-                    return Err(Malformed("too much metadata in one frame"));
+                if bytes.is_empty() || bytes.len() > META_CHUNK {
+                    return Err(Malformed("1 byte to 256 KiB of metadata are in a frame"));
                 }
                 Self::Meta(channel, bytes)
             }
@@ -585,7 +585,7 @@ mod tests {
         assert!(!frame(kind::HAVE, &[ours, &[0, 0, 0, 9], &[0xff, 0xc0]]));
         assert!(!frame(kind::HAVE, &[ours, &[0xff, 0xff, 0xff, 0xff], &[0xff]]));
         assert!(frame(kind::META, &[ours, &[0; META_CHUNK]]));
-        assert!(!frame(kind::META, &[ours, &[0; META_CHUNK + 1]]));
+        assert!(!frame(kind::META, &[ours, &[0; META_CHUNK + 1]]) && !frame(kind::META, &[ours]));
         assert!(frame(kind::HELLO, &[&[0, 1], &[0; Certificate::MAX_BYTES]]));
         assert!(!frame(kind::HELLO, &[&[0, 1], &[0; Certificate::MAX_BYTES + 1]]));
         let host: &[u8] = &[&[7; 32][..], &[4, 10, 0, 0, 1, 0, 80]].concat();

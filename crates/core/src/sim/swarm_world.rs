@@ -1,0 +1,1 @@
+//! Owns a world of peers with links of given speeds.
