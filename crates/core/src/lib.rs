@@ -12,7 +12,7 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`id`], [`time`], [`fault`] | the words everything else is said in |
+//! | [`id`], [`time`], [`fault`], [`dice`] | the words everything else is said in |
 //! | [`layout`], [`manifest`], [`proof`], [`bitfield`] | what a content is, how it is cut and proved |
 //! | [`wire`] | bytes ↔ types |
 //! | [`trust`], [`seal`] | who is who; the envelope of a datagram |
@@ -22,6 +22,7 @@
 //! | `sim` | a seeded world to try them in (feature `sim`) |
 
 pub mod bitfield;
+pub mod catalog;
 pub mod dice;
 pub mod fault;
 pub mod id;
@@ -31,6 +32,7 @@ pub mod manifest;
 mod pace;
 pub mod proof;
 mod rarity;
+pub mod registrar;
 pub mod seal;
 pub mod sharing;
 #[cfg(any(test, feature = "sim"))]

@@ -98,13 +98,19 @@ pub struct Item {
 /// What one item adds to a registration digest. Order does not matter: digests of items are added
 /// as little-endian 128-bit numbers, wrapping. `held` is no part of it.
 pub fn digest_of(item: &Item) -> u128 {
+    let named = item.name.as_ref().map(|record| (&record.name, record.version));
+    digest_part(&item.id, item.size, named)
+}
+
+/// [`digest_of`] an item, from what of it counts: the name and version are those of its record.
+pub fn digest_part(id: &ContentId, size: u64, named: Option<(&Name, Version)>) -> u128 {
     let mut hasher = blake3::Hasher::new_derive_key("potluck 2026 registration digest v1");
-    hasher.update(&[u8::from(item.id.kind == crate::id::Kind::Folder)]);
-    hasher.update(&item.id.hash);
-    hasher.update(&item.size.to_be_bytes());
-    if let Some(record) = &item.name {
-        hasher.update(&record.version.0.to_be_bytes());
-        hasher.update(record.name.as_str().as_bytes());
+    hasher.update(&[u8::from(id.kind == crate::id::Kind::Folder)]);
+    hasher.update(&id.hash);
+    hasher.update(&size.to_be_bytes());
+    if let Some((name, version)) = named {
+        hasher.update(&version.0.to_be_bytes());
+        hasher.update(name.as_str().as_bytes());
     }
     let mut first = [0; 16];
     first.copy_from_slice(&hasher.finalize().as_bytes()[..16]);

@@ -469,7 +469,11 @@ mod tests {
             (any::<[u8; 8]>(), any::<[u8; 32]>(), label())
                 .prop_map(|(invitation, tag, label)| Ask::Join(Join { invitation, tag, label })),
             (label(), any::<u32>(), option::of(certificate())).prop_map(
-                |(label, revocations, certificate)| Ask::Session { label, revocations, certificate }
+                |(label, revocations, certificate)| Ask::Session {
+                    label,
+                    revocations,
+                    certificate
+                }
             ),
             terms().prop_map(Ask::Invite),
             Just(Ask::Members),

@@ -1,0 +1,166 @@
+//! Owns which hosts a search is answered with. Never excludes a host for being busy: it only
+//! prefers others.
+//!
+//! Two random choices (Mitzenmacher 2001): of two hosts drawn blindly the less strained is taken.
+//! Always taking the least strained would send everybody to the same few.
+
+use std::net::SocketAddr;
+
+use crate::dice::Dice;
+use crate::id::MemberNumber;
+use crate::wire::datagram::{Code, Found, Host, Load, Refusal, Search};
+
+use super::{Catalog, Hosting, Slot, refuse};
+
+/// How strained a host is, as far as the index knows; small, since a choice reads many of them.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Standing {
+    /// Thousandths of its capacity in use, as it reported.
+    busy: u32,
+    /// Uploads it can run at once.
+    slots: u32,
+    /// Times it was handed out since that report.
+    handed_out: u32,
+    /// It serves on a loopback address: of use to the index's own machine only.
+    loopback: bool,
+}
+
+impl Standing {
+    pub(super) fn of(load: Load, address: SocketAddr) -> Self {
+        let slots = u32::from(load.uploads) + u32::from(load.free_slots);
+        let in_slots = match slots {
+            0 => 1_000, // it says that it can serve nobody
+            _ => u32::from(load.uploads) * 1_000 / slots,
+        };
+        let rate = u64::from(load.rate_kib) * 1_000;
+        let in_rate = rate.checked_div(u64::from(load.capacity_kib)).unwrap_or(0).min(1_000) as u32;
+        let loopback = address.ip().to_canonical().is_loopback();
+        Self { busy: in_slots.max(in_rate), slots: slots.max(1), handed_out: 0, loopback }
+    }
+
+    /// Thousandths of its capacity that are in use once everyone it was handed to has come; more
+    /// than 1,000 where that is too many.
+    fn strain(&self) -> u64 {
+        u64::from(self.busy) + u64::from(self.handed_out) * 1_000 / u64::from(self.slots.max(1))
+    }
+}
+
+/// Who asks for hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asker {
+    /// Its number: it is never handed itself.
+    pub member: MemberNumber,
+    /// It asks from a loopback address, so hosts on loopback are of use to it.
+    pub loopback: bool,
+}
+
+impl Catalog {
+    /// Who hosts what is looked for: at most as many as were asked for and fit a datagram, the least
+    /// strained first.
+    pub fn search(&mut self, asker: Asker, search: &Search) -> Result<Found, Refusal> {
+        let (slot, record) = self.resolve(&search.target)?;
+        let record = record.cloned();
+        let wanted = usize::from(search.hosts.min(Search::MAX_HOSTS));
+        let members = self.choose(slot, asker, wanted);
+        let content = &self.contents[slot as usize];
+        let (id, size, hosts_in_all) = (content.id, content.size, content.hosts.len() as u32);
+        let mut room = Found::room(record.as_ref());
+        let mut hosts = Vec::with_capacity(members.len());
+        for hosting in members {
+            let standing = &mut self.standings[hosting.member.0 as usize];
+            let load = standing.strain().min(1_000) as u16;
+            let Some(hoster) = self.hosters[hosting.member.0 as usize].as_deref() else { continue };
+            let (peer, address) = (hoster.peer, hoster.address);
+            let host = Host { peer, address, held: hosting.held, load };
+            if host.wire_len() > room {
+                break;
+            }
+            room -= host.wire_len();
+            standing.handed_out = standing.handed_out.saturating_add(1);
+            hosts.push(host);
+        }
+        if hosts.is_empty() {
+            let text = match hosts_in_all {
+                1 => {
+                    "its only host is the asking machine, or reachable on the index's machine only"
+                }
+                _ => "its hosts are reachable on the index's own machine only",
+            };
+            return Err(refuse(Code::NoHosts, text));
+        }
+        Ok(Found { id, size, record, hosts_in_all, hosts })
+    }
+
+    fn choose(&mut self, slot: Slot, asker: Asker, wanted: usize) -> Vec<Hosting> {
+        let hosts = &self.contents[slot as usize].hosts;
+        let (all, complete) = (hosts.len(), self.contents[slot as usize].complete as usize);
+        let mut chosen = Vec::with_capacity(wanted);
+        if all <= wanted + 1 {
+            let eligible = |h: &Hosting| self.is_eligible(asker, h.member);
+            chosen.extend(hosts.iter().copied().filter(eligible));
+        } else {
+            let partial = all - complete;
+            // Both kinds by their share of the hosts, but at least a quarter of each: a swarm in
+            // which new peers know only seeds, or only each other, does not mix.
+            let quarter = wanted.div_ceil(4);
+            let most = wanted - quarter.min(complete);
+            let from_partial = (wanted * partial).div_ceil(all).max(quarter).min(most).min(partial);
+            self.draw(slot, complete..all, from_partial, asker, &mut chosen);
+            let rest = wanted - chosen.len();
+            self.draw(slot, 0..complete, rest, asker, &mut chosen);
+            let rest = wanted - chosen.len();
+            self.draw(slot, complete..all, rest, asker, &mut chosen);
+        }
+        chosen.sort_by_key(|h| self.standings[h.member.0 as usize].strain());
+        chosen.truncate(wanted);
+        chosen
+    }
+
+    fn is_eligible(&self, asker: Asker, host: MemberNumber) -> bool {
+        host != asker.member && (asker.loopback || !self.standings[host.0 as usize].loopback)
+    }
+
+    /// Draws `count` hosts of a range of a content's hosts, none twice: each the better of two drawn
+    /// blindly.
+    fn draw(
+        &mut self,
+        slot: Slot,
+        range: std::ops::Range<usize>,
+        count: usize,
+        asker: Asker,
+        chosen: &mut Vec<Hosting>,
+    ) {
+        let hosts = &self.contents[slot as usize].hosts[range];
+        let is_fresh = |host: MemberNumber, chosen: &[Hosting]| {
+            let eligible = host != asker.member
+                && (asker.loopback || !self.standings[host.0 as usize].loopback);
+            eligible && chosen.iter().all(|c| c.member != host)
+        };
+        let strain = |h: &Hosting| self.standings[h.member.0 as usize].strain();
+        let dice = &mut self.dice;
+        let pick = |dice: &mut Dice, n: usize| dice.below(n as u64) as usize;
+        if hosts.len() <= 4 * usize::from(Search::MAX_HOSTS) {
+            let fresh = hosts.iter().filter(|h| is_fresh(h.member, chosen));
+            let mut left: Vec<Hosting> = fresh.copied().collect();
+            for _ in 0..count.min(left.len()) {
+                let (a, b) = (pick(dice, left.len()), pick(dice, left.len()));
+                let better = if strain(&left[a]) <= strain(&left[b]) { a } else { b };
+                chosen.push(left.swap_remove(better));
+            }
+            return;
+        }
+        // Far more hosts than wanted: drawing one twice is rare, so draws that miss are forgiven up
+        // to a bound.
+        let enough = chosen.len() + count;
+        for _ in 0..4 * count {
+            let (a, b) = (hosts[pick(dice, hosts.len())], hosts[pick(dice, hosts.len())]);
+            let better = if strain(&a) <= strain(&b) { a } else { b };
+            if is_fresh(better.member, chosen) {
+                chosen.push(better);
+            }
+            if chosen.len() == enough {
+                return;
+            }
+        }
+    }
+}

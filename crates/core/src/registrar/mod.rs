@@ -1,0 +1,797 @@
+//! Owns the index's thinking: whom to believe, what to answer, whose lease is over. Never touches a
+//! socket, a disk or a clock, and never sends a byte to a stranger.
+//!
+//! A datagram's way, cheapest check first: head → member number known → epoch known → keys (kept, or
+//! derived) → AEAD → replay window → not removed → cookie → rate → catalog. Before the AEAD check
+//! passed nothing changes; before the cookie proved the address nothing has an effect.
+
+mod desk;
+mod members;
+mod saved;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+
+use crate::catalog::{Asker, Catalog, Counts, Limits, Pattern, refuse};
+use crate::dice::Dice;
+use crate::fault::Fault;
+use crate::id::{MemberNumber, NetworkId, RequestId};
+use crate::seal::{CookieJar, ReplayWindow, ReplyHead, RequestHead, open, seal_reply};
+use crate::time::{Duration, Moment, WallTime};
+use crate::trust::{MachineKey, NameRecord, RevocationList, Role};
+use crate::wire::bytes::Malformed;
+use crate::wire::datagram::{
+    Ack, Code, Item, List, Load, Refusal, Register, Registered, Reply, Request, Search,
+};
+use crate::wire::desk::Answer;
+
+pub use desk::{Caller, Invited};
+pub use members::Member;
+use members::{Epochs, Roster, Secrets};
+use saved::Saved;
+pub use saved::{Change, Table};
+use watch::Watchers;
+
+/// Heartbeats that a member may miss before what it hosts is forgotten.
+const LEASE_HEARTBEATS: u64 = 3;
+/// Rows looked at for a list that cost as much as one request.
+const ROWS_A_TOKEN: usize = 256;
+/// Requests that the verification of one signature costs as much as.
+const SIGNATURE_TOKENS: i64 = 10;
+
+/// What is new with every run of the index. All of it but `dice` must be secret and unforeseeable.
+pub struct Boot {
+    /// Never the same twice: reply keys come from it.
+    pub id: u64,
+    /// Key of the cookies.
+    pub cookie_key: [u8; 32],
+    /// Seed of all choices that are no secrets.
+    pub dice: u64,
+    /// Seed of all secrets made: epochs, invitations, salts.
+    pub secret_seed: [u8; 32],
+}
+
+/// How an index behaves and how much it takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// How often members report, in seconds; three missed, and what they host is forgotten.
+    pub heartbeat_s: u16,
+    /// What the catalog may hold.
+    pub limits: Limits,
+    /// Machines that ever joined, removed ones included.
+    pub members: usize,
+    /// Invitations that are open or lately were.
+    pub invitations: usize,
+    /// Members that watch the listing at once.
+    pub watchers: usize,
+    /// Sessions of one member whose replay windows are kept.
+    pub sessions_a_member: usize,
+    /// Requests a second of one member, on average …
+    pub requests_a_second: u32,
+    /// … and at once.
+    pub burst: u32,
+    /// How long a session is to be used.
+    pub session: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            heartbeat_s: 30,
+            limits: Limits::default(),
+            members: 1 << 18,
+            invitations: 10_000,
+            watchers: 256,
+            sessions_a_member: 4,
+            requests_a_second: 2_000,
+            burst: 4_000,
+            session: Duration::from_secs(12 * 3600),
+        }
+    }
+}
+
+/// The shell's word for a question at the desk, handed back with its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// What the shell is to do, in this order.
+pub enum Output {
+    /// Send this datagram.
+    Send {
+        /// Where.
+        to: SocketAddr,
+        /// At most 1,200 bytes.
+        datagram: Vec<u8>,
+    },
+    /// Write or delete a row.
+    Save(Change),
+    /// Answer at the desk.
+    Answer {
+        /// Which question.
+        ticket: Ticket,
+        /// What.
+        answer: Answer,
+        /// Only once all rows before it are on disk; where that fails, `DeskCode::NotDurable`.
+        durable: bool,
+    },
+    /// Hang up at the desk without a byte: a stranger.
+    Ignore {
+        /// Which question.
+        ticket: Ticket,
+    },
+}
+
+/// The saved state does not hold together.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreError {
+    /// A row is not what was written.
+    #[error(
+        "a saved row of {0:?} is damaged ({1}): restore the file, or delete it and invite anew"
+    )]
+    Damaged(Table, Malformed),
+    /// The rows do not come in the order of tables.
+    #[error("saved rows of {0:?} come too late")]
+    Order(Table),
+}
+
+impl RestoreError {
+    /// Always ours: the rows are our own.
+    pub const fn fault(&self) -> Fault {
+        Fault::Ours
+    }
+}
+
+/// Why a datagram was dropped without a byte back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Dropped {
+    /// No request of this version.
+    Malformed,
+    /// Its member number was never given.
+    UnknownMember,
+    /// Its epoch's secret is unknown or erased.
+    UnknownEpoch,
+    /// It does not open with the session's key.
+    Forged,
+    /// It was seen before, or is too old to know.
+    Replayed,
+    /// It would change what its sender hosts, and a later one that does came before it: it is asked
+    /// again, and then says what is the case.
+    Overtaken,
+}
+
+/// What the index has and did since it started.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Requests answered, by PDU letter and code; no code: done.
+    pub requests: BTreeMap<(char, Option<Code>), u64>,
+    /// Items that were refused within an `R` that was answered.
+    pub items_refused: BTreeMap<Code, u64>,
+    /// Datagrams dropped without a byte back.
+    pub dropped: BTreeMap<Dropped, u64>,
+    /// Notices pushed to watchers.
+    pub notices: u64,
+    /// Leases that lapsed.
+    pub lapsed: u64,
+    /// Times a member was asked to repeat its registrations.
+    pub repeats: u64,
+    /// Contents, names, hosts, registrations.
+    pub counts: Counts,
+    /// Members that were not removed.
+    pub members: usize,
+    /// Watchers now.
+    pub watchers: usize,
+}
+
+/// The way back to a member: where it asked from, and the session it asked in.
+#[derive(Clone, Copy)]
+struct Line {
+    from: SocketAddr,
+    member: MemberNumber,
+    epoch: u16,
+    salt: u64,
+    reply_key: [u8; 16],
+    /// Where the datagram stands among all of its sender: which session, which counter.
+    order: (u64, u64),
+}
+
+/// What the index keeps of a member's session; made only when a datagram proved to be its own.
+///
+/// A window that is dropped while replays could still open is no danger: without a cookie of the
+/// last two minutes they have no effect, and windows used within four minutes go last.
+struct Session {
+    epoch: u16,
+    salt: u64,
+    to_index: [u8; 16],
+    reply_key: [u8; 16],
+    window: ReplayWindow,
+    used: Moment,
+    /// How many sessions this member had before.
+    nth: u64,
+}
+
+/// What the index knows of a member since it started.
+#[derive(Default)]
+struct Seat {
+    sessions: Vec<Session>,
+    /// Sessions it ever had.
+    born: u64,
+    /// Session and counter of the last datagram that changed what it hosts: its changes are made in
+    /// the order in which it sent them, or an old one, late, would undo a newer.
+    changed: (u64, u64),
+    bucket: Bucket,
+    heard: Option<Moment>,
+    /// Until when what it hosts stays; `None` while it hosts nothing.
+    lease: Option<Moment>,
+    /// It stands in the queue of leases.
+    queued: bool,
+    /// The address in the saved rows.
+    saved: Option<SocketAddr>,
+}
+
+/// The index's thinking.
+pub struct Registrar {
+    key: MachineKey,
+    network: NetworkId,
+    boot: u64,
+    settings: Settings,
+    jar: CookieJar,
+    secrets: Secrets,
+    epochs: Epochs,
+    roster: Roster,
+    catalog: Catalog,
+    seats: Vec<Option<Box<Seat>>>,
+    /// When to look at whose lease; a member stands here at most once, perhaps too early.
+    leases: BTreeSet<(Moment, MemberNumber)>,
+    watchers: Watchers,
+    /// The nonce of the next reply or notice.
+    nonce: u64,
+    outputs: VecDeque<Output>,
+    stats: Stats,
+}
+
+impl Registrar {
+    /// An index with this key, going on with what was `saved` (key and value of each row, in the
+    /// order of [`Table::ALL`], within a table by key). Members that hosted something have a whole
+    /// lease to report again.
+    pub fn new(
+        key: MachineKey,
+        boot: Boot,
+        settings: Settings,
+        saved: impl Iterator<Item = (Table, Vec<u8>, Vec<u8>)>,
+        now: Moment,
+        wall: WallTime,
+    ) -> Result<Self, RestoreError> {
+        let mut secrets = Secrets::new(boot.secret_seed);
+        let mut dice = Dice(boot.dice);
+        let mut roster = Roster::new(&key, settings.members, settings.invitations);
+        // Changes are counted from the date on, so that no number of an earlier run is met again.
+        let mut catalog = Catalog::new(settings.limits, wall.0 << 20, dice.next());
+        let mut epochs = vec![];
+        let mut last = Table::Epochs;
+        for (table, key, value) in saved {
+            if table < last {
+                return Err(RestoreError::Order(table));
+            }
+            last = table;
+            let damaged = |malformed| RestoreError::Damaged(table, malformed);
+            match saved::read(table, &key, &value).map_err(damaged)? {
+                Saved::Epoch { number, secret, made } => epochs.push((number, secret, made)),
+                Saved::Member(member) => roster.restore_member(member),
+                Saved::Invitation(id, invited) => roster.restore_invitation(id, invited),
+                Saved::Revocations(list) => roster.restore_revocations(list),
+                Saved::Record(record) => catalog.restore_record(&record),
+                Saved::Address(member, address) => {
+                    if let Some(known) = roster.member(member).filter(|m| m.removed.is_none()) {
+                        let load = Load { free_slots: 1, ..Load::default() };
+                        catalog.report(member, known.peer, address, load);
+                    }
+                }
+                Saved::Registration(member, id, hosted) => catalog.restore(member, id, &hosted),
+            }
+        }
+        let mut changes = vec![];
+        let epochs = Epochs::new(epochs, &mut secrets, now, wall, &mut changes);
+        let mut registrar = Self {
+            network: key.network(),
+            key,
+            boot: boot.id,
+            settings,
+            jar: CookieJar::new(boot.cookie_key),
+            secrets,
+            epochs,
+            roster,
+            catalog,
+            seats: Vec::new(),
+            leases: BTreeSet::new(),
+            watchers: Watchers::default(),
+            nonce: 0,
+            outputs: VecDeque::new(),
+            stats: Stats::default(),
+        };
+        registrar.save(changes);
+        registrar.grant_leases(now);
+        registrar.tick(now, wall);
+        Ok(registrar)
+    }
+
+    /// A datagram came. It is opened in place. (The date matters at the desk only, so far.)
+    pub fn on_datagram(
+        &mut self,
+        now: Moment,
+        _wall: WallTime,
+        from: SocketAddr,
+        datagram: &mut [u8],
+    ) {
+        let length = datagram.len();
+        match self.admit(now, from, datagram) {
+            Err(dropped) => *self.stats.dropped.entry(dropped).or_default() += 1,
+            Ok((line, head, plaintext)) => {
+                if let Err(dropped) = self.heed(now, &line, &head, plaintext, length) {
+                    *self.stats.dropped.entry(dropped).or_default() += 1;
+                }
+            }
+        }
+    }
+
+    /// Time passed.
+    pub fn tick(&mut self, now: Moment, wall: WallTime) {
+        let mut changes = vec![];
+        self.epochs.turn(&mut self.secrets, now, wall, &mut changes);
+        self.save(changes);
+        self.lapse(now);
+        self.notify(now);
+    }
+
+    /// When [`Registrar::tick`] is due.
+    pub fn next_deadline(&self) -> Option<Moment> {
+        let lease = self.leases.first().map(|(moment, _)| *moment);
+        let first = [lease, self.watchers.next_deadline()].into_iter().flatten().min();
+        Some(first.map_or(self.epochs.turns(), |moment| moment.min(self.epochs.turns())))
+    }
+
+    /// The next thing to be done.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// Which network this is the index of.
+    pub const fn network(&self) -> NetworkId {
+        self.network
+    }
+
+    /// The revocation list as it is now.
+    pub const fn revocations(&self) -> &RevocationList {
+        self.roster.revocations()
+    }
+
+    /// What the index has and did.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            counts: self.catalog.counts(),
+            members: self.roster.count(),
+            watchers: self.watchers.count(),
+            ..self.stats.clone()
+        }
+    }
+
+    /// Who hosts what: to look at, for tests, the simulator and a page that shows it.
+    pub const fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// Panics where something contradicts itself. O(everything): for tests and the simulator.
+    pub fn check(&self) {
+        self.catalog.check();
+        self.roster.check();
+        for number in 0..self.seats.len() {
+            let member = MemberNumber(number as u32);
+            let hosts = self.catalog.hosted_by(member) > 0;
+            let seat = self.seats[number].as_deref();
+            let lease = seat.and_then(|seat| seat.lease);
+            assert_eq!(hosts, lease.is_some(), "a lease without registrations, or the reverse");
+            let queued = self.leases.iter().filter(|(_, m)| *m == member).count();
+            assert_eq!(queued, usize::from(seat.is_some_and(|seat| seat.queued)));
+            assert!(!hosts || queued == 1, "a lease nobody looks at");
+            let saved = seat.and_then(|seat| seat.saved);
+            assert!(!hosts || saved == self.catalog.address_of(member), "an address was not saved");
+            let removed = self.roster.member(member).is_none_or(|m| m.removed.is_some());
+            assert!(!(hosts && removed), "a machine that is no member hosts something");
+        }
+    }
+
+    /// Lets a datagram in, or says why it is dropped. On the way its session is noted.
+    fn admit<'a>(
+        &mut self,
+        now: Moment,
+        from: SocketAddr,
+        datagram: &'a mut [u8],
+    ) -> Result<(Line, RequestHead, &'a [u8]), Dropped> {
+        let head = RequestHead::decode(datagram).map_err(|_| Dropped::Malformed)?;
+        let (member, epoch, salt) = (head.member, head.epoch, head.salt);
+        self.roster.member(member).ok_or(Dropped::UnknownMember)?;
+        if !self.epochs.knows(epoch) {
+            return Err(Dropped::UnknownEpoch);
+        }
+        let at = member.0 as usize;
+        let sessions =
+            self.seats.get_mut(at).and_then(|s| s.as_deref_mut()).map(|s| &mut s.sessions);
+        let known =
+            sessions.and_then(|all| all.iter_mut().find(|s| (s.epoch, s.salt) == (epoch, salt)));
+        let line = |reply_key, nth| Line {
+            from,
+            member,
+            epoch,
+            salt,
+            reply_key,
+            order: (nth, head.counter),
+        };
+        if let Some(session) = known {
+            let plaintext =
+                open(&session.to_index, head.counter, datagram).ok_or(Dropped::Forged)?;
+            if !session.window.mark(head.counter) {
+                return Err(Dropped::Replayed);
+            }
+            session.used = now;
+            return Ok((line(session.reply_key, session.nth), head, plaintext));
+        }
+        let keys = self.epochs.session(epoch, self.network, member, salt);
+        let keys = keys.ok_or(Dropped::UnknownEpoch)?;
+        let plaintext = open(&keys.to_index, head.counter, datagram).ok_or(Dropped::Forged)?;
+        let mut window = ReplayWindow::default();
+        window.mark(head.counter);
+        let reply_key = keys.reply_key(self.boot);
+        let most = self.settings.sessions_a_member;
+        let seat = self.seat(member);
+        seat.born += 1;
+        let nth = seat.born;
+        let to_index = keys.to_index;
+        let session = Session { epoch, salt, to_index, reply_key, window, used: now, nth };
+        seat.remember(session, now, most);
+        Ok((line(reply_key, nth), head, plaintext))
+    }
+
+    /// Answers a datagram that is authentic.
+    fn heed(
+        &mut self,
+        now: Moment,
+        line: &Line,
+        head: &RequestHead,
+        plaintext: &[u8],
+        length: usize,
+    ) -> Result<(), Dropped> {
+        let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
+        let id = RequestId(u64::from_be_bytes(*id));
+        if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
+            let refusal = refuse(Code::Removed, "removed from the network");
+            self.refuse_short(line, head.kind, id, refusal, length);
+            return Ok(());
+        }
+        if !self.jar.accepts(now, line.from, line.member, &head.cookie) {
+            let cookie = Some(self.jar.bake(now, line.from, line.member));
+            let refusal = Refusal { code: Code::CookieNeeded, text: String::new(), cookie };
+            self.refuse_short(line, head.kind, id, refusal, length);
+            return Ok(());
+        }
+        let Settings { requests_a_second, burst, .. } = self.settings;
+        let seat = self.seat(line.member);
+        seat.heard = Some(now);
+        let done = if !seat.bucket.take(now, requests_a_second, burst) {
+            Err(refuse(Code::TooFast, "too many requests: wait a second"))
+        } else if self.epochs.ends_soon(line.epoch, now) {
+            Err(refuse(Code::SessionOver, "fetch new keys"))
+        } else {
+            match Request::decode(head.kind, plaintext) {
+                Ok((_, request)) => {
+                    self.keep_order(line, &request)?;
+                    self.act(now, line, request)
+                }
+                Err(malformed) => Err(refuse(Code::BadRequest, malformed.to_string())),
+            }
+        };
+        self.reply(line, head.kind, id, &done.map_or_else(Reply::Error, Reply::Ack));
+        self.settle(line.member);
+        self.watchers.note(now, self.catalog.sequence());
+        Ok(())
+    }
+
+    /// Refuses a change of what a member hosts that a later one of it has overtaken.
+    fn keep_order(&mut self, line: &Line, request: &Request) -> Result<(), Dropped> {
+        let changes = match request {
+            Request::Register(register) => !register.items.is_empty() || register.round_ends,
+            Request::Deregister(_) => true,
+            Request::Search(_) | Request::List(_) | Request::Watch(_) => false,
+        };
+        let seat = self.seat(line.member);
+        if changes && line.order < seat.changed {
+            return Err(Dropped::Overtaken);
+        }
+        if changes {
+            seat.changed = line.order;
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, now: Moment, line: &Line, request: Request) -> Result<Ack, Refusal> {
+        match request {
+            Request::Register(register) => self.register(now, line, &register).map(Ack::Registered),
+            Request::Search(search) => self.search(line, &search),
+            Request::List(list) => self.list(line, &list),
+            Request::Deregister(ids) => {
+                for id in &ids {
+                    self.catalog.withdraw(line.member, id);
+                }
+                Ok(Ack::Deregistered)
+            }
+            Request::Watch(watch) => self.watch(now, line, &watch).map(Ack::Watching),
+        }
+    }
+
+    fn register(
+        &mut self,
+        now: Moment,
+        line: &Line,
+        said: &Register,
+    ) -> Result<Registered, Refusal> {
+        let number = line.member;
+        let Some(member) = self.roster.member(number) else {
+            return Err(refuse(Code::Removed, "removed from the network"));
+        };
+        let (peer, role) = (member.peer, member.role);
+        if said.port == 0 && !said.items.is_empty() {
+            return Err(refuse(Code::BadRequest, "a host serves on a port: 0 is none"));
+        }
+        let hosts = self.catalog.hosted_by(number) > 0;
+        if said.port != 0 && (hosts || !said.items.is_empty()) {
+            let address = SocketAddr::new(line.from.ip().to_canonical(), said.port);
+            self.catalog.report(number, peer, address, said.load);
+        }
+        if said.round != 0 && (said.round_ends || !said.items.is_empty()) {
+            self.catalog.enter_round(number, said.round); // heartbeats may come late, and begin none
+        }
+        let mut refused = vec![];
+        for (position, item) in said.items.iter().enumerate() {
+            if let Err(refusal) = self.register_item(number, peer, role, item) {
+                *self.stats.items_refused.entry(refusal.code).or_default() += 1;
+                refused.push((position as u8, refusal));
+            }
+        }
+        if said.round_ends {
+            self.catalog.end_round(number, said.round);
+        }
+        self.renew(number, now + self.lease());
+        let theirs = u128::from_le_bytes(said.digest);
+        let repeat_all = theirs != 0 && theirs != self.catalog.digest(number);
+        self.stats.repeats += u64::from(repeat_all);
+        let lease_s = self.lease().as_secs().min(u64::from(u16::MAX)) as u16;
+        let heartbeat_s = self.settings.heartbeat_s.max(1);
+        Ok(Registered { lease_s, heartbeat_s, repeat_all, refused })
+    }
+
+    fn register_item(
+        &mut self,
+        number: MemberNumber,
+        peer: crate::id::PeerId,
+        role: Role,
+        item: &Item,
+    ) -> Result<(), Refusal> {
+        if role == Role::Read && !self.catalog.knows(&item.id) && !self.is_relayed(peer, item) {
+            return Err(refuse(Code::NotAllowed, "your role may not publish new contents"));
+        }
+        if role == Role::Read
+            && let Some(record) = &item.name
+            && record.publisher == peer
+            && !self.catalog.has_record(record)
+        {
+            return Err(refuse(Code::NotAllowed, "your role may not publish names"));
+        }
+        let network = self.network;
+        let mut verified = false;
+        let done = self.catalog.register(number, item, |record: &NameRecord| {
+            verified = true;
+            record.check(network).is_ok()
+        });
+        if verified {
+            self.seat(number).bucket.charge(SIGNATURE_TOKENS);
+        }
+        done
+    }
+
+    /// Whether `item` brings along the record of another that may publish: what a machine that only
+    /// reads may introduce, so that an index that lost its file finds it again.
+    fn is_relayed(&self, peer: crate::id::PeerId, item: &Item) -> bool {
+        item.name.as_ref().is_some_and(|record| {
+            let publisher = self.roster.member_with(record.publisher);
+            record.publisher != peer && publisher.is_some_and(|p| p.role >= Role::Publish)
+        })
+    }
+
+    fn search(&mut self, line: &Line, search: &Search) -> Result<Ack, Refusal> {
+        let loopback = line.from.ip().to_canonical().is_loopback();
+        self.catalog.search(Asker { member: line.member, loopback }, search).map(Ack::Found)
+    }
+
+    fn list(&mut self, line: &Line, list: &List) -> Result<Ack, Refusal> {
+        let pattern = Pattern::new(&list.glob).map_err(|text| refuse(Code::BadRequest, text))?;
+        let scan = self.catalog.page(&pattern, list.after.as_ref());
+        self.seat(line.member).bucket.charge((scan.looked_at / ROWS_A_TOKEN) as i64);
+        Ok(Ack::Page(scan.page))
+    }
+
+    /// Answers a member whose address is not proven, or that is none any more: always with less
+    /// than it sent.
+    fn refuse_short(
+        &mut self,
+        line: &Line,
+        kind: u8,
+        id: RequestId,
+        refusal: Refusal,
+        length: usize,
+    ) {
+        let sent = self.outputs.len();
+        self.reply(line, kind, id, &Reply::Error(refusal));
+        if let Some(Output::Send { datagram, .. }) = self.outputs.get(sent)
+            && datagram.len() >= length
+        {
+            self.outputs.truncate(sent);
+        }
+    }
+
+    fn reply(&mut self, line: &Line, asked: u8, id: RequestId, reply: &Reply) {
+        let code = match reply {
+            Reply::Ack(_) => None,
+            Reply::Error(refusal) => Some(refusal.code),
+        };
+        *self.stats.requests.entry((char::from(asked), code)).or_default() += 1;
+        self.send(line, reply.kind(), &reply.encode(id));
+    }
+
+    fn send(&mut self, line: &Line, kind: u8, plaintext: &[u8]) {
+        let head = ReplyHead {
+            kind,
+            epoch: line.epoch,
+            member: line.member,
+            salt: line.salt,
+            counter: self.nonce,
+            boot: self.boot,
+            revocations: self.roster.revocations().version,
+            flags: 0,
+        };
+        self.nonce += 1;
+        let datagram = seal_reply(&line.reply_key, &head, plaintext);
+        self.outputs.push_back(Output::Send { to: line.from, datagram });
+    }
+
+    fn seat(&mut self, member: MemberNumber) -> &mut Seat {
+        let at = member.0 as usize;
+        if self.seats.len() <= at {
+            self.seats.resize_with(at + 1, || None);
+        }
+        self.seats[at].get_or_insert_with(Box::default)
+    }
+
+    fn lease(&self) -> Duration {
+        Duration::from_secs(u64::from(self.settings.heartbeat_s.max(1)) * LEASE_HEARTBEATS)
+    }
+
+    /// A member's lease holds until `until`, if it hosts anything.
+    fn renew(&mut self, member: MemberNumber, until: Moment) {
+        if self.catalog.hosted_by(member) == 0 {
+            return;
+        }
+        let seat = self.seat(member);
+        seat.lease = Some(until);
+        // A renewed lease is not moved in the queue but looked at again when its turn comes.
+        if !std::mem::replace(&mut seat.queued, true) {
+            self.leases.insert((until, member));
+        }
+    }
+
+    fn grant_leases(&mut self, now: Moment) {
+        let until = now + self.lease();
+        let members: Vec<MemberNumber> = self.roster.present().map(|m| m.number).collect();
+        for member in members {
+            let address = self.catalog.address_of(member);
+            if address.is_some() {
+                self.seat(member).saved = address;
+            }
+            self.renew(member, until);
+            self.settle(member);
+        }
+    }
+
+    /// Forgets what members host whose lease is over.
+    fn lapse(&mut self, now: Moment) {
+        while let Some(&(moment, member)) = self.leases.first() {
+            if moment > now {
+                break;
+            }
+            self.leases.pop_first();
+            let seat = self.seat(member);
+            seat.queued = false;
+            match seat.lease {
+                Some(until) if until > now => {
+                    seat.queued = true;
+                    self.leases.insert((until, member));
+                }
+                Some(_) => {
+                    self.stats.lapsed += 1;
+                    self.evict(member);
+                }
+                None => {}
+            }
+        }
+        self.watchers.note(now, self.catalog.sequence());
+    }
+
+    /// Forgets what a member hosts.
+    fn evict(&mut self, member: MemberNumber) {
+        self.catalog.evict(member);
+        self.settle(member);
+    }
+
+    /// After a member's registrations may have changed: what must outlive a restart is saved, and a
+    /// lease on nothing ends.
+    fn settle(&mut self, member: MemberNumber) {
+        while let Some(durable) = self.catalog.poll_journal() {
+            self.outputs.push_back(Output::Save(saved::durable(durable)));
+        }
+        let hosts = self.catalog.hosted_by(member) > 0;
+        let address = self.catalog.address_of(member).filter(|_| hosts);
+        let seat = self.seat(member);
+        if !hosts {
+            seat.lease = None;
+        }
+        if seat.saved != address {
+            seat.saved = address;
+            self.outputs.push_back(Output::Save(saved::address(member, address)));
+        }
+    }
+
+    fn save(&mut self, changes: Vec<Change>) {
+        self.outputs.extend(changes.into_iter().map(Output::Save));
+    }
+}
+
+impl Seat {
+    /// Keeps a new session; for it goes one that was not used for long, or the one unused longest.
+    fn remember(&mut self, session: Session, now: Moment, most: usize) {
+        self.sessions.retain(|old| now.since(old.used) <= 2 * CookieJar::LIFE);
+        if self.sessions.len() >= most.max(1)
+            && let Some(oldest) = (0..self.sessions.len()).min_by_key(|at| self.sessions[*at].used)
+        {
+            self.sessions.swap_remove(oldest);
+        }
+        self.sessions.push(session);
+    }
+}
+
+/// A token bucket, in thousandths of a request; it may go into debt for dear requests.
+#[derive(Clone, Copy, Default)]
+struct Bucket {
+    /// Thousandths used.
+    used: i64,
+    at: Moment,
+}
+
+impl Bucket {
+    /// Takes one request; false where the bucket is empty.
+    fn take(&mut self, now: Moment, a_second: u32, burst: u32) -> bool {
+        let refilled = now.since(self.at).as_micros() * u128::from(a_second) / 1_000;
+        let refilled = i64::try_from(refilled).unwrap_or(i64::MAX);
+        self.used = self.used.saturating_sub(refilled).max(0);
+        self.at = now;
+        if self.used >= i64::from(burst) * 1_000 {
+            return false;
+        }
+        self.used += 1_000;
+        true
+    }
+
+    /// Takes `tokens` requests more.
+    fn charge(&mut self, tokens: i64) {
+        self.used = self.used.saturating_add(tokens.saturating_mul(1_000));
+    }
+}
