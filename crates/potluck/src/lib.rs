@@ -2,5 +2,8 @@
 mod clock;
 pub mod control;
 mod error;
+mod door;
 mod store;
+mod tls;
+mod transfer;
 pub use error::{Error, ErrorKind, Result};
