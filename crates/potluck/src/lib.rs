@@ -2,6 +2,7 @@
 mod clock;
 pub mod control;
 mod error;
+mod desk;
 mod door;
 mod store;
 mod tls;
