@@ -396,16 +396,12 @@ impl Certificate {
     }
 }
 
-/// A label as it may be shown: no deceptive characters, at most [`MAX_LABEL`] bytes.
+/// A label as it may be shown: no deceptive characters, no blanks around it, at most [`MAX_LABEL`]
+/// bytes. What is clean already stays as it is.
 pub fn clean_label(label: &str) -> String {
-    let mut clean = String::new();
-    for c in label.trim().chars().filter(|c| !crate::id::is_deceptive(*c)) {
-        if clean.len() + c.len_utf8() > MAX_LABEL {
-            break;
-        }
-        clean.push(c);
-    }
-    clean
+    let clean: String = label.chars().filter(|c| !crate::id::is_deceptive(*c)).collect();
+    let clean = clean.trim();
+    clean[..clean.floor_char_boundary(MAX_LABEL)].trim_end().to_owned()
 }
 
 /// A publisher's word that a version of a name is a content.
@@ -536,16 +532,14 @@ impl RevocationList {
     pub fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
         let version = r.u32()?;
         let count = r.u32()? as usize;
-        if count > MAX_REVOKED || r.rest().len() < count * 32 {
+        if count > MAX_REVOKED {
             return Err(Malformed("a revocation list is too long"));
         }
-        let mut peers = BTreeSet::new();
-        for _ in 0..count {
-            peers.insert(PeerId(r.array()?));
+        let peers = r.many(count, 32, |r| r.array().map(PeerId))?;
+        if !peers.is_sorted_by(|a, b| a < b) {
+            return Err(Malformed("a revocation list is not in order"));
         }
-        if peers.len() != count {
-            return Err(Malformed("a revocation list names a machine twice"));
-        }
+        let peers = peers.into_iter().collect();
         Ok(Self { version, peers, signature: r.array()? })
     }
 }
@@ -597,6 +591,16 @@ mod tests {
     }
 
     #[test]
+    fn a_cleaned_label_is_clean() {
+        let long = format!("{} {}", "x".repeat(MAX_LABEL - 1), "y");
+        for label in [" bob ", "bob \u{202E}", "\u{202E} \n bob", &long, "", "é b"] {
+            let clean = clean_label(label);
+            assert!(clean.len() <= MAX_LABEL && clean.trim() == clean, "{clean:?}");
+            assert_eq!(clean_label(&clean), clean);
+        }
+    }
+
+    #[test]
     fn a_name_record_holds_for_one_network_and_one_content() {
         let key = MachineKey::from_seed([5; 32]);
         let network = NetworkId([6; 32]);
@@ -620,6 +624,8 @@ mod tests {
         let mut bytes = vec![];
         list.write(&mut bytes);
         assert_eq!(RevocationList::read(&mut Reader::new(&bytes)), Ok(list.clone()));
+        bytes[8..72].rotate_left(32);
+        assert!(RevocationList::read(&mut Reader::new(&bytes)).is_err(), "out of order");
         let shorter = RevocationList { peers: [PeerId([1; 32])].into(), ..list };
         assert!(shorter.check(index.network()).is_err());
     }

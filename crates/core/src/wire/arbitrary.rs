@@ -50,6 +50,11 @@ pub(crate) fn text(most: usize) -> impl Strategy<Value = String> {
     )
 }
 
+/// What a machine may be called.
+pub(crate) fn label() -> impl Strategy<Value = String> {
+    text(MAX_LABEL).prop_map(|text| crate::trust::clean_label(&text))
+}
+
 pub(crate) fn name() -> impl Strategy<Value = Name> {
     prop_oneof![
         8 => "[a-z0-9][a-z0-9._-]{0,20}",
@@ -81,7 +86,7 @@ pub(crate) fn role() -> impl Strategy<Value = Role> {
 }
 
 pub(crate) fn certificate() -> impl Strategy<Value = Certificate> {
-    (peer(), peer(), any::<u32>(), role(), (time(), time()), text(MAX_LABEL), signature()).prop_map(
+    (peer(), peer(), any::<u32>(), role(), (time(), time()), label(), signature()).prop_map(
         |(network, peer, member, role, (not_before, not_after), label, signature)| Certificate {
             network: NetworkId(network.0),
             peer,
@@ -107,4 +112,22 @@ pub(crate) fn address() -> impl Strategy<Value = SocketAddr> {
             SocketAddr::new(std::net::IpAddr::from(ip).to_canonical(), port)
         }),
     ]
+}
+
+/// Bytes that are nearly a format: written well, then changed, cut or lengthened in a few places.
+pub(crate) fn bent(good: impl Strategy<Value = Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
+    let change = (0u8..6, any::<prop::sample::Index>(), prop_oneof![0u8..4, any::<u8>()]);
+    (good, vec(change, 0..4)).prop_map(|(mut bytes, changes)| {
+        for (how, at, byte) in changes {
+            let at = at.index(bytes.len() + 1);
+            match how {
+                0 => bytes.truncate(at),
+                1 => bytes.insert(at, byte),
+                2 => bytes.push(byte),
+                _ if at < bytes.len() => bytes[at] = byte,
+                _ => {}
+            }
+        }
+        bytes
+    })
 }

@@ -1,5 +1,5 @@
-//! Owns the two cursors all formats are read and written with. Never panics on what it reads.
-//! Never writes what it would not read back.
+//! Owns the two cursors all formats are read and written with. Never panics on what it reads, and
+//! never writes a text that it would not read.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -220,9 +220,9 @@ pub trait Writer {
     fn text_within(&mut self, text: &str, most: usize) {
         if text.chars().any(crate::id::is_deceptive) {
             let clean: String = text.chars().filter(|c| !crate::id::is_deceptive(*c)).collect();
-            self.bytes8(clean[..clean.floor_char_boundary(most)].as_bytes());
+            self.bytes8(&clean.as_bytes()[..clean.floor_char_boundary(most)]);
         } else {
-            self.bytes8(text[..text.floor_char_boundary(most)].as_bytes());
+            self.bytes8(&text.as_bytes()[..text.floor_char_boundary(most)]);
         }
     }
     /// A content id.

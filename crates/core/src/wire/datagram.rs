@@ -951,6 +951,19 @@ mod tests {
         }
 
         #[test]
+        fn bent_datagrams_are_refused_or_have_one_form(
+            bytes in bent(prop_oneof![
+                request().prop_map(|request| [vec![request.kind()], request.encode(ID)].concat()),
+                reply().prop_map(|reply| [vec![reply.kind()], reply.encode(ID)].concat()),
+                rows().prop_map(|rows| {
+                    [vec![b'N'], Notice { before: 1, after: 2, rows }.encode()].concat()
+                }),
+            ]),
+        ) {
+            crate::wire::check::datagram(&bytes);
+        }
+
+        #[test]
         fn lengths_told_beforehand_are_the_lengths_written(
             item in item(), row in row(), found in found(),
         ) {

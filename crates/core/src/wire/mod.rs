@@ -6,6 +6,8 @@
 #[cfg(test)]
 pub(crate) mod arbitrary;
 pub mod bytes;
+#[doc(hidden)]
+pub mod check;
 pub mod datagram;
 pub mod desk;
 pub mod stream;

@@ -431,13 +431,12 @@ mod tests {
         })
     }
 
-    /// What a frame borrows, and which of the frames it is to be.
-    fn with_frame(test: impl Fn(Frame<'_>) -> Result<(), TestCaseError>) {
+    fn owned() -> impl Strategy<Value = Frame<'static>> {
         let us = || channel(Just(Side::Us));
         let them = || channel(Just(Side::Them));
         let either = || channel(prop_oneof![Just(Side::Us), Just(Side::Them)]);
         let meta_len = || 0..=MAX_META as u32;
-        let frames = prop_oneof![
+        prop_oneof![
             (us(), content()).prop_map(|(c, id)| Frame::Open(c, id)),
             (them(), size(), meta_len(), meta_len()).prop_map(
                 |(channel, size, manifest, proof)| Frame::Opened { channel, size, manifest, proof }
@@ -455,31 +454,34 @@ mod tests {
                 .prop_map(|(c, hosts)| Frame::Hosts(c, hosts)),
             either().prop_map(Frame::Close),
             Just(Frame::Ping),
-        ];
-        let borrowing = (
-            0..4,
-            them(),
-            piece(),
-            vec(any::<u8>(), 1..500),
-            any::<u16>(),
-            text(255),
-            proptest::sample::select(Goodbye::ALL),
-        );
-        let mut runner = proptest::test_runner::TestRunner::default();
-        runner.run(&frames, &test).unwrap();
-        runner
-            .run(&borrowing, |(which, channel, piece, bytes, port, text, why)| {
-                test(match which {
-                    0 => Frame::Hello {
-                        certificate: &bytes[..bytes.len().min(Certificate::MAX_BYTES)],
-                        port,
-                    },
+        ]
+    }
+
+    /// Frames with what they borrow; the bytes they are written as.
+    fn borrowing(with: impl Fn(Frame<'_>) -> Vec<u8> + 'static) -> impl Strategy<Value = Vec<u8>> {
+        let bytes = vec(any::<u8>(), 1..=Certificate::MAX_BYTES);
+        let goodbye = (proptest::sample::select(Goodbye::ALL), text(255));
+        (0..4, channel(Just(Side::Them)), piece(), bytes, any::<u16>(), goodbye).prop_map(
+            move |(which, channel, piece, bytes, port, (why, text))| {
+                with(match which {
+                    0 => Frame::Hello { certificate: &bytes, port },
                     1 => Frame::Meta(channel, &bytes),
                     2 => Frame::Piece(channel, piece, &bytes),
                     _ => Frame::Bye(why, &text),
                 })
-            })
-            .unwrap();
+            },
+        )
+    }
+
+    /// The frame's bytes; panics unless they read as the same frame with the sides exchanged.
+    fn there_and_back(frame: Frame<'_>) -> Vec<u8> {
+        let mut bytes = vec![9];
+        frame.encode(&mut bytes);
+        let mut r = Reader::new(&bytes[1..]);
+        assert_eq!(r.u32().unwrap() as usize, r.rest().len());
+        assert!(r.rest().len() <= MAX_FRAME);
+        assert_eq!(Frame::decode(r.rest()), Ok(flipped(frame)));
+        r.rest().to_vec()
     }
 
     /// The frame as its receiver sees it.
@@ -505,17 +507,22 @@ mod tests {
         frame
     }
 
-    #[test]
-    fn every_frame_is_read_as_it_was_written_with_the_sides_exchanged() {
-        with_frame(|frame| {
-            let mut bytes = vec![9];
-            frame.encode(&mut bytes);
-            let mut r = Reader::new(&bytes[1..]);
-            prop_assert_eq!(r.u32().unwrap() as usize, r.rest().len());
-            prop_assert!(r.rest().len() <= MAX_FRAME);
-            prop_assert_eq!(Frame::decode(r.rest()), Ok(flipped(frame)));
-            Ok(())
-        });
+    proptest! {
+        #[test]
+        fn every_frame_is_read_as_it_was_written_with_the_sides_exchanged(
+            frame in owned(), _bytes in borrowing(there_and_back),
+        ) {
+            there_and_back(frame);
+        }
+
+        #[test]
+        fn bent_frames_are_refused_or_have_one_form(
+            owned in bent(owned().prop_map(there_and_back)),
+            borrowing in bent(borrowing(there_and_back)),
+        ) {
+            crate::wire::check::stream(&owned);
+            crate::wire::check::stream(&borrowing);
+        }
     }
 
     #[test]
