@@ -344,3 +344,164 @@ impl Write for Timed {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use potluck_core::trust::{Invitation, join_tag};
+    use potluck_core::wire::desk::{DeskCode, DeskRefusal, InviteTerms, Join, Removal};
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn index() -> Arc<MachineKey> {
+        Arc::new(MachineKey::from_seed([1; 32]))
+    }
+
+    fn member() -> MachineKey {
+        MachineKey::from_seed([2; 32])
+    }
+
+    /// A desk of the index, where it is, and nothing else.
+    fn desk(
+        handle: impl Fn(Caller, Ask) -> Option<Answer> + Send + Sync + 'static,
+    ) -> (Desk, Vec<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        (serve(listener, index(), handle).unwrap(), vec![address])
+    }
+
+    fn members(_: &[u8; 32], _: NetworkId) -> Ask {
+        Ask::Members
+    }
+
+    fn pinned() -> Expect {
+        Expect::Pinned(index().network())
+    }
+
+    #[test]
+    fn a_question_is_answered_and_both_sides_know_each_other() {
+        let (_desk, at) = desk(|caller, ask| {
+            assert_eq!(caller.peer, member().peer());
+            assert!(ask == Ask::Remove(Removal::Peer(PeerId([7; 32]))));
+            Some(Answer::Removed(3))
+        });
+        let question = |_: &[u8; 32], network| {
+            assert_eq!(network, index().network());
+            Ask::Remove(Removal::Peer(PeerId([7; 32])))
+        };
+        let (network, answer, used) = ask(&member(), &at, pinned(), question, LONG).unwrap();
+        assert_eq!((network, used.to_string()), (index().network(), at[0].clone()));
+        assert!(answer == Answer::Removed(3));
+    }
+
+    #[test]
+    fn a_join_is_bound_to_its_connection_and_key() {
+        let secret = [9; 16];
+        let (_desk, at) = desk(move |caller, ask| {
+            let Ask::Join(join) = ask else { return None };
+            let fits = join.tag == join_tag(&secret, &caller.exporter, caller.peer);
+            Some(Answer::Removed(fits.into()))
+        });
+        let far = potluck_core::time::WallTime(4_000_000_000);
+        let invitation = Invitation::new(index().network(), secret, far, at.clone());
+        let join = |exporter: &[u8; 32], _| {
+            let tag = join_tag(&secret, exporter, member().peer());
+            Ask::Join(Join { invitation: invitation.id(), tag, label: "bob".to_owned() })
+        };
+        let expect = Expect::Hash(invitation.network_hash);
+        let (network, answer, _) = ask(&member(), &at, expect, join, LONG).unwrap();
+        assert!(answer == Answer::Removed(1) && network == index().network());
+    }
+
+    #[test]
+    fn another_index_than_the_expected_one_is_told_nothing() {
+        let (_desk, at) = desk(|_, _| panic!("it was asked"));
+        for expect in [Expect::Hash([5; 16]), Expect::Pinned(NetworkId([5; 32]))] {
+            let never = |_: &[u8; 32], _| -> Ask { panic!("a question was made") };
+            let error = ask(&member(), &at, expect, never, LONG).err().unwrap();
+            assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+            assert!(error.hint.is_some());
+        }
+    }
+
+    #[test]
+    fn an_index_that_is_not_there_is_unreachable_and_the_next_address_is_tried() {
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let nowhere = [free.clone(), "nowhere:without-port".to_owned()];
+        for at in [&nowhere[..], &[]] {
+            let error = ask(&member(), at, pinned(), members, LONG).err().unwrap();
+            assert_eq!(error.kind, ErrorKind::IndexUnreachable, "{error}");
+            assert!(error.hint.is_some());
+        }
+        let (_desk, at) = desk(|_, _| Some(Answer::Removed(0)));
+        let at = [vec![free], at].concat();
+        assert_eq!(ask(&member(), &at, pinned(), members, LONG).ok().unwrap().2.to_string(), at[1]);
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_unreachable_after_the_time_given() {
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = [silent.local_addr().unwrap().to_string()];
+        let error = ask(&member(), &at, pinned(), members, Duration::from_millis(50));
+        assert_eq!(error.err().unwrap().kind, ErrorKind::IndexUnreachable);
+    }
+
+    #[test]
+    fn a_server_of_another_kind_is_no_index() {
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let at = [other.local_addr().unwrap().to_string()];
+        let web = std::thread::spawn(move || {
+            let mut caller = other.accept().unwrap().0;
+            let _ = caller.read(&mut [0; 4096]);
+            caller.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        });
+        let error = ask(&member(), &at, pinned(), members, LONG).err().unwrap();
+        assert_eq!(error.kind, ErrorKind::IndexUnreachable, "{error}");
+        web.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn who_is_not_answered_is_refused() {
+        let (_desk, at) = desk(|_, _| None);
+        let error = ask(&member(), &at, pinned(), members, LONG).err().unwrap();
+        assert_eq!(error.kind, ErrorKind::Refused, "{error}");
+    }
+
+    #[test]
+    fn a_refusal_is_an_answer() {
+        let refusal = DeskRefusal { code: DeskCode::NotAllowed, text: "only an admin".to_owned() };
+        let told = refusal.clone();
+        let (_desk, at) = desk(move |_, _| Some(Answer::Refused(told.clone())));
+        let terms = InviteTerms {
+            role: potluck_core::trust::Role::Read,
+            uses: 1,
+            expires: potluck_core::time::WallTime(1),
+        };
+        let answer = ask(&member(), &at, pinned(), |_, _| Ask::Invite(terms), LONG).unwrap().1;
+        assert!(answer == Answer::Refused(refusal));
+    }
+
+    #[test]
+    fn callers_that_say_nothing_do_not_keep_an_honest_one_out() {
+        let (_desk, at) = desk(|_, _| Some(Answer::Removed(0)));
+        let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(&at[0]).unwrap()).collect();
+        assert!(ask(&member(), &at, pinned(), members, LONG).is_ok());
+        drop(silent);
+    }
+
+    #[test]
+    fn a_question_that_is_too_long_or_none_gets_no_byte() {
+        let (_desk, at) = desk(|_, _| panic!("it was asked"));
+        for bad in [&[0, 0, 4, 1, 1][..], &[255; 64], &[0, 0, 0, 1, 99], &[0, 0, 0, 0]] {
+            let key = tls::Expect::Key(index().public());
+            let config = Arc::new(tls::client(&member(), key, tls::DESK).unwrap());
+            let mut tls = ClientConnection::new(config, tls::no_name()).unwrap();
+            let mut socket = TcpStream::connect(&at[0]).unwrap();
+            let mut desk = Stream::new(&mut tls, &mut socket);
+            desk.write_all(bad).unwrap();
+            let mut answer = vec![];
+            let _ = desk.read_to_end(&mut answer);
+            assert_eq!(answer, b"");
+        }
+    }
+}

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::gather::Gather;
 use super::secure::{Arrived, Secure};
 use super::session::{GetHandle, Session, last_words};
-use super::{Command, ConnId, Connection, Context, Event, Gone, Handle, Letter, Mailbox, no_tls};
+use super::{Command, ConnId, Connection, Context, Gone, Handle, Letter, Mailbox, no_tls};
 use crate::door::{Pass, timespec};
 use crate::{clock, tls};
 
@@ -53,12 +53,10 @@ pub(super) fn dialled(
     let owner = owner.clone();
     let handle: GetHandle = Box::new(move || owner.upgrade().map(Connection));
     let session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
-    let why = match connect(ctx, to, expect) {
-        Ok(secure) => Thread::new(secure, session, mailbox, None).run().1,
-        Err(gone) => gone,
-    };
-    tracing::debug!(%to, peer = ?expect, %why, "a dialled connection is over");
-    let _ = ctx.events.send((conn, Event::Gone { why }));
+    match connect(ctx, to, expect) {
+        Ok(secure) => Thread::new(secure, session, mailbox, None).run(),
+        Err(gone) => session.report_gone(&gone),
+    }
 }
 
 fn connect(ctx: &Context, to: SocketAddr, expect: PeerId) -> Result<Secure, Gone> {
@@ -83,11 +81,7 @@ pub(super) fn accepted(ctx: &Arc<Context>, socket: Arc<TcpStream>, from: SocketA
     let conn = ctx.number();
     let handle: GetHandle = Box::new(move || Some(connection));
     let session = Session::new(ctx, conn, from, false, Arc::clone(&mailbox), handle);
-    let (told, why) = Thread::new(secure, session, &mailbox, Some(pass)).run();
-    tracing::debug!(%from, %why, "an accepted connection is over");
-    if told {
-        let _ = ctx.events.send((conn, Event::Gone { why }));
-    }
+    Thread::new(secure, session, &mailbox, Some(pass)).run();
 }
 
 fn prepare(socket: &TcpStream) -> std::io::Result<()> {
@@ -141,11 +135,17 @@ impl Thread {
         }
     }
 
-    /// Lives until the connection is over; whether the engine knows of it, and why it is over.
-    fn run(mut self) -> (bool, Gone) {
+    /// Lives until the connection is over, and has said so.
+    fn run(mut self) {
         let Err(gone) = self.live();
-        self.say_goodbye(&gone);
-        (self.session.is_up(), gone)
+        if gone == Gone::Ended {
+            // Who ended it may be about to end the process: first what is to be said to the other.
+            self.say_goodbye(&gone);
+            self.session.report_gone(&gone);
+        } else {
+            self.session.report_gone(&gone);
+            self.say_goodbye(&gone);
+        }
     }
 
     fn live(&mut self) -> Result<Infallible, Gone> {
@@ -154,10 +154,11 @@ impl Thread {
             self.read_mail()?;
             self.speak()?;
             let ready = self.wait()?;
+            let now = clock::now();
             if ready.read {
                 self.hear()?;
             }
-            self.keep_time(ready)?;
+            self.keep_time(now, ready)?;
         }
     }
 
@@ -291,10 +292,9 @@ impl Thread {
         )
     }
 
-    /// Looks at every deadline. Judges only what the socket had nothing to say against just now: our
+    /// Looks at every deadline, as of `now`, when the socket was `ready` for no more than this: our
     /// own waits for the disk or the engine are nobody's silence.
-    fn keep_time(&mut self, ready: Ready) -> Result<(), Gone> {
-        let now = clock::now();
+    fn keep_time(&mut self, now: Moment, ready: Ready) -> Result<(), Gone> {
         if !self.is_up {
             return match now.since(self.began) {
                 time if time < HANDSHAKE => Ok(()),
@@ -314,8 +314,7 @@ impl Thread {
             }
             self.gather.rest();
         }
-        let stuck = now.since(self.taken);
-        if !ready.write && stuck >= TAKE {
+        if !ready.write && !self.secure.is_flushed() && now.since(self.taken) >= TAKE {
             return Err(Gone::TimedOut("it takes nothing of what it is sent"));
         }
         let quiet = now.since(self.said);
@@ -361,5 +360,150 @@ impl Thread {
     fn wait_until(&self, flags: PollFlags, deadline: Moment) {
         let mut fds = [PollFd::new(self.secure.socket(), flags)];
         let _ = poll(&mut fds, Some(&timespec(deadline.since(clock::now()))));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transfer::Event;
+    use crate::transfer::puppet::{Machine, Puppet, key};
+    use potluck_core::id::{ContentId, Piece};
+    use potluck_core::wire::stream::{Channel, Side};
+    use std::net::TcpListener;
+
+    const OURS: Channel = Channel { number: 1, opener: Side::Us };
+
+    /// A thread that is not running, connected to a puppet, and up; and its machine.
+    fn paused() -> (Thread, Puppet, Machine, Connection) {
+        let machine = Machine::new(2);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let puppet = std::thread::spawn(move || Puppet::answer(&listener, 3));
+        let secure = connect(&machine.ctx, address, key(3).peer()).unwrap();
+        let (mailbox, connection) = Connection::new().unwrap();
+        let first = connection.clone();
+        let session = Session::new(
+            &machine.ctx,
+            ConnId(0),
+            address,
+            true,
+            Arc::clone(&mailbox),
+            Box::new(move || Some(first)),
+        );
+        let mut thread = Thread::new(secure, session, &mailbox, None);
+        thread.open().unwrap();
+        while !thread.is_up {
+            thread.turn();
+        }
+        assert!(matches!(machine.event(), Event::Up { .. }));
+        (thread, puppet.join().unwrap(), machine, connection)
+    }
+
+    impl Thread {
+        fn turn(&mut self) {
+            self.read_mail().unwrap();
+            self.speak().unwrap();
+            if self.wait().unwrap().read {
+                self.hear().unwrap();
+            }
+        }
+
+        fn after(&mut self, seconds: u64) -> Result<(), Gone> {
+            self.keep_time(self.heard + Duration::from_secs(seconds), Ready::default())
+        }
+    }
+
+    #[test]
+    fn who_is_silent_is_dropped_after_a_while_and_sooner_in_the_middle_of_a_frame() {
+        let (mut thread, mut puppet, _machine, _kept) = paused();
+        assert_eq!(thread.after(44), Ok(()));
+        assert_eq!(thread.after(46), Err(Gone::TimedOut("it is silent")));
+        puppet.say_bytes(&[0, 0, 0]);
+        while !thread.gather.is_amid() {
+            thread.turn();
+        }
+        assert_eq!(thread.after(14), Ok(()));
+        let late = thread.heard + Duration::from_secs(16);
+        // What lies in the socket unread is no silence.
+        assert_eq!(thread.keep_time(late, Ready { read: true, write: false }), Ok(()));
+        assert!(matches!(thread.after(16), Err(Gone::TimedOut(_))));
+    }
+
+    #[test]
+    fn who_owes_metadata_and_says_nothing_is_dropped() {
+        let (mut thread, mut puppet, machine, connection) = paused();
+        connection.tell(Command::Open { channel: 1, id: ContentId::file([1; 32]) });
+        thread.turn();
+        let theirs = OURS.flipped();
+        puppet.hear(|frame| assert!(matches!(frame, Frame::Open(channel, _) if channel == theirs)));
+        puppet.say(&Frame::Opened { channel: theirs, size: 9, manifest: 0, proof: 7 });
+        puppet.say(&Frame::Busy(theirs, vec![Piece(3)], 1)); // never asked for: of no account
+        while machine.knows_of_nothing() {
+            thread.turn();
+        }
+        assert_eq!(thread.after(16), Ok(()));
+        connection.tell(Command::WantMeta { channel: 1 });
+        thread.turn();
+        let late = clock::now() + Duration::from_secs(16);
+        assert!(matches!(thread.keep_time(late, Ready::default()), Err(Gone::TimedOut(_))));
+        puppet.say(&Frame::Meta(theirs, b"1234"));
+        puppet.say(&Frame::Meta(theirs, b"567"));
+        assert!(matches!(machine.event(), Event::Opened { channel: 1, size: 9, .. }));
+        while machine.knows_of_nothing() {
+            thread.turn();
+        }
+        let Event::Meta { channel: 1, manifest, proof } = machine.event() else { panic!("Meta") };
+        assert_eq!((&manifest[..], &proof[..]), (&b""[..], &b"1234567"[..]));
+        let late = clock::now() + Duration::from_secs(16);
+        assert_eq!(thread.keep_time(late, Ready::default()), Ok(()));
+    }
+
+    #[test]
+    fn an_idle_connection_shows_that_it_is_alive() {
+        let (mut thread, mut puppet, _machine, connection) = paused();
+        let later = thread.said + Duration::from_secs(16);
+        thread.heard = later;
+        assert_eq!(thread.keep_time(later, Ready::default()), Ok(()));
+        connection.tell(Command::Bye(potluck_core::wire::stream::Goodbye::Done, String::new()));
+        thread.speak().unwrap();
+        drop(thread);
+        let all = puppet.hear_all();
+        let mut ping = vec![];
+        Frame::Ping.encode(&mut ping);
+        assert_eq!(all, ping);
+    }
+
+    #[test]
+    fn a_caller_that_does_not_show_who_it_is_has_five_seconds() {
+        let (mut thread, _puppet, _machine, _kept) = paused();
+        thread.is_up = false;
+        assert_eq!(thread.keep_time(thread.began + Duration::from_secs(4), Ready::default()), Ok(()));
+        let late = thread.began + Duration::from_secs(5);
+        assert!(matches!(thread.keep_time(late, Ready::default()), Err(Gone::TimedOut(_))));
+    }
+
+    #[test]
+    fn who_takes_nothing_is_dropped() {
+        let (mut thread, _puppet, _machine, _kept) = paused();
+        while thread.secure.is_flushed() {
+            let big = potluck_core::bitfield::Bitfield::all(4 << 20);
+            thread.session.outbox.say(&Frame::Have(OURS, big)).unwrap();
+            thread.speak().unwrap();
+        }
+        let late = thread.taken + Duration::from_secs(31);
+        thread.heard = late;
+        assert_eq!(thread.keep_time(late, Ready { read: false, write: true }), Ok(()));
+        assert!(matches!(thread.keep_time(late, Ready::default()), Err(Gone::TimedOut(_))));
+    }
+
+    #[test]
+    fn an_expired_certificate_ends_the_connection_within_a_minute() {
+        let (mut thread, _puppet, machine, _kept) = paused();
+        machine.identify(|identity| identity.revoked = [key(3).peer()].into());
+        let minute = thread.checked + Duration::from_secs(60);
+        thread.heard = minute;
+        let over = thread.keep_time(minute, Ready::default());
+        assert!(matches!(over, Err(Gone::NotMember(_))));
     }
 }

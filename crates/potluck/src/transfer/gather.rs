@@ -200,3 +200,83 @@ fn decode(frame: &[u8]) -> Result<Frame<'_>, Gone> {
 fn piece_kind() -> u8 {
     piece_head(Channel { number: 0, opener: Side::Us }, Piece(0), 1)[4]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    /// Writes down what it is told; lets pieces of odd channels pass by.
+    #[derive(Default, Debug, PartialEq, Eq)]
+    struct Notes(Vec<String>);
+
+    impl Listener for Notes {
+        fn on_frame(&mut self, frame: Frame<'_>) -> Result<(), Gone> {
+            self.0.push(format!("{frame:?}"));
+            Ok(())
+        }
+        fn on_piece_head(&mut self, channel: u16, piece: Piece, len: usize) -> Result<bool, Gone> {
+            self.0.push(format!("{channel} {piece:?} of {len}"));
+            Ok(channel.is_multiple_of(2))
+        }
+        fn on_piece(&mut self, _: u16, _: Piece, bytes: &[u8]) -> Result<(), Gone> {
+            self.0.push(format!("{bytes:?}"));
+            Ok(())
+        }
+        fn on_passed(&mut self, channel: u16, _: Piece, len: usize) -> Result<(), Gone> {
+            self.0.push(format!("{channel} passed {len}"));
+            Ok(())
+        }
+    }
+
+    fn frames() -> Vec<u8> {
+        let theirs = |number| Channel { number, opener: Side::Them };
+        let frames = [
+            Frame::Ping,
+            Frame::Piece(theirs(2), Piece(7), b"whole"),
+            Frame::Piece(theirs(3), Piece(8), b"passes by"),
+            Frame::Piece(theirs(4), Piece(9), b"x"),
+            Frame::Piece(theirs(5), Piece(9), b"y"),
+            Frame::Lost(theirs(1), vec![Piece(1), Piece(2)]),
+            Frame::Close(theirs(1)),
+            Frame::Ping,
+        ];
+        let mut bytes = vec![];
+        frames.iter().for_each(|frame| frame.encode(&mut bytes));
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn frames_are_the_same_wherever_the_stream_is_cut(cuts in vec(1usize..20, 0..60)) {
+            let stream = frames();
+            let (mut at_once, mut in_parts) = (Notes::default(), Notes::default());
+            Gather::new().take(&stream, &mut at_once).unwrap();
+            let (mut gather, mut rest) = (Gather::new(), &stream[..]);
+            for cut in cuts {
+                let (part, more) = rest.split_at(cut.min(rest.len()));
+                gather.take(part, &mut in_parts).unwrap();
+                rest = more;
+            }
+            gather.take(rest, &mut in_parts).unwrap();
+            prop_assert!(!gather.is_amid());
+            prop_assert_eq!(at_once.0.len(), 12);
+            prop_assert_eq!(at_once, in_parts);
+        }
+
+        #[test]
+        fn any_bytes_are_frames_or_refused_and_take_no_more_memory_than_they_are(
+            bytes in vec(any::<u8>(), 0..200),
+            announced in any::<u32>(),
+            kind in 0u8..20,
+        ) {
+            let mut gather = Gather::new();
+            let stream = [&announced.to_be_bytes()[..], &[kind], &bytes].concat();
+            let _ = gather.take(&stream, &mut Notes::default());
+            // (A piece's length is checked by its listener before room is made for it.)
+            prop_assert!(kind == piece_kind() || gather.frame.capacity() <= 1_024);
+            let _ = Gather::new().take(&bytes, &mut Notes::default());
+        }
+    }
+}

@@ -16,6 +16,11 @@ mod outbox;
 mod secure;
 mod session;
 
+#[cfg(test)]
+mod puppet;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;

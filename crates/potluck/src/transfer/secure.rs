@@ -225,13 +225,15 @@ impl Secure {
         }
     }
 
-    /// TLS failed: tries to let the other side know why (an alert), and says what it means here.
+    /// TLS failed: tries to let the other side know why, and says what it means here.
     fn broken(&mut self, error: &rustls::Error) -> Gone {
         let handshaking = self.is_handshaking();
-        self.incoming.start = self.incoming.end;
+        // One step, and over the same bytes, among which TLS remembers positions: it gives the alert
+        // that was made, if one was. A further step could fail anew, and alert twice.
         let mut nothing = |_: &[u8]| Ok(());
-        while let Ok(Next::Again) = self.step(Job::Open(&mut nothing)) {}
-        let _ = self.write();
+        if self.step(Job::Open(&mut nothing)).is_ok() {
+            let _ = self.write();
+        }
         match error {
             error if tls::is_wrong_key(error) => Gone::OtherMachine,
             error if handshaking => Gone::Insecure(error.to_string()),
@@ -363,6 +365,99 @@ impl Window {
             self.bytes.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    use potluck_core::trust::MachineKey;
+    use rustls::crypto::{CipherSuiteCommon, CryptoProvider};
+    use rustls::{SupportedCipherSuite, Tls13CipherSuite};
+
+    /// Keys that are worn out after 40 records instead of 2²⁴.
+    fn short_lived(mut provider: CryptoProvider) -> CryptoProvider {
+        let SupportedCipherSuite::Tls13(suite) = provider.cipher_suites[0] else {
+            panic!("a TLS 1.3 suite");
+        };
+        provider.cipher_suites = vec![SupportedCipherSuite::Tls13(Box::leak(Box::new(
+            Tls13CipherSuite {
+                common: CipherSuiteCommon {
+                    suite: suite.common.suite,
+                    hash_provider: suite.common.hash_provider,
+                    confidentiality_limit: 40,
+                },
+                hkdf_provider: suite.hkdf_provider,
+                aead_alg: suite.aead_alg,
+                quic: None,
+            },
+        )))];
+        provider
+    }
+
+    fn pair() -> (Secure, Secure) {
+        let (a, b) = (MachineKey::from_seed([2; 32]), MachineKey::from_seed([3; 32]));
+        let expect = tls::Expect::Key(b.public());
+        let client =
+            tls::client_with(short_lived(tls::provider()), &a, expect, tls::PEERS).unwrap();
+        let server = tls::server_with(short_lived(tls::provider()), &b, tls::PEERS).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let accepted = listener.accept().unwrap().0;
+        dialled.set_nonblocking(true).unwrap();
+        accepted.set_nonblocking(true).unwrap();
+        (
+            Secure::dialled(Arc::new(dialled), client).unwrap(),
+            Secure::accepted(Arc::new(accepted), Arc::new(server)).unwrap(),
+        )
+    }
+
+    /// One turn of both ends: each reads, opens and writes what there is.
+    fn turn(ends: &mut [(&mut Secure, &mut Vec<u8>)]) {
+        for (end, got) in ends {
+            end.read().unwrap();
+            end.open(|bytes| {
+                got.extend_from_slice(bytes);
+                Ok(())
+            })
+            .unwrap();
+            end.write().unwrap();
+        }
+    }
+
+    #[test]
+    fn both_directions_flow_at_once_and_keys_are_renewed_under_way() {
+        let (mut a, mut b) = pair();
+        let (mut at_a, mut at_b) = (vec![], vec![]);
+        while a.is_handshaking() || b.is_handshaking() {
+            turn(&mut [(&mut a, &mut at_a), (&mut b, &mut at_b)]);
+        }
+        assert_eq!(b.peer_key(), Some(MachineKey::from_seed([2; 32]).public()));
+        a.grow();
+        b.grow();
+        let there: Vec<u8> = (0..8 << 20).map(|i| (i / 251) as u8).collect();
+        let back: Vec<u8> = there.iter().rev().copied().collect();
+        let (mut sent_a, mut sent_b) = (0, 0);
+        while at_b.len() < there.len() || at_a.len() < back.len() {
+            sent_a += a.seal(&there[sent_a..]).unwrap();
+            sent_b += b.seal(&back[sent_b..]).unwrap();
+            turn(&mut [(&mut a, &mut at_a), (&mut b, &mut at_b)]);
+        }
+        assert!(at_b == there && at_a == back);
+        assert_eq!(a.sealed(), a.written());
+    }
+
+    #[test]
+    fn what_is_sealed_always_fits() {
+        for room in 0..3 * RECORD + 100 {
+            for len in [1, 100, RECORD - 1, RECORD, RECORD + 1, 2 * RECORD, 5 * RECORD] {
+                let n = sealable(room, len);
+                assert!(n <= len && n + n.div_ceil(RECORD) * RECORD_EXTRA <= room.max(n));
+                assert!(n == len || n.is_multiple_of(RECORD));
+            }
         }
     }
 }

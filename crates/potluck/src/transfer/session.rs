@@ -239,6 +239,16 @@ impl Session {
         }
     }
 
+    /// The last event, where the engine knows of the connection: callers that never came up are
+    /// nothing to it.
+    pub(super) fn report_gone(&self, why: &Gone) {
+        let (conn, address, peer) = (self.conn.0, self.address, self.key);
+        tracing::debug!(conn, %address, ?peer, self.dialled, %why, "a connection is over");
+        if self.is_up() || self.dialled {
+            let _ = self.report(Event::Gone { why: why.clone() });
+        }
+    }
+
     /// Tells the engine. Waits while its queue is full; ends the connection when it is gone.
     fn report(&self, event: Event) -> Result<(), Gone> {
         self.ctx.events.send((self.conn, event)).map_err(|_| Gone::Ended)
