@@ -43,7 +43,8 @@ pub(crate) fn client(key: &MachineKey, expect: Expect, alpn: &[u8]) -> Result<Cl
     client_with(provider(), key, expect, alpn)
 }
 
-fn client_with(
+/// The same with other algorithms.
+pub(crate) fn client_with(
     provider: CryptoProvider,
     key: &MachineKey,
     expect: Expect,
@@ -65,7 +66,8 @@ pub(crate) fn server(key: &MachineKey, alpn: &[u8]) -> Result<ServerConfig, Erro
     server_with(provider(), key, alpn)
 }
 
-fn server_with(
+/// The same with other algorithms.
+pub(crate) fn server_with(
     provider: CryptoProvider,
     key: &MachineKey,
     alpn: &[u8],
@@ -99,7 +101,7 @@ pub(crate) fn is_wrong_key(error: &Error) -> bool {
 }
 
 /// AES-128-GCM first: on every machine with AES instructions it is the fastest of the three.
-fn provider() -> CryptoProvider {
+pub(crate) fn provider() -> CryptoProvider {
     use aws_lc_rs::{cipher_suite as suite, kx_group as group};
     CryptoProvider {
         cipher_suites: vec![
