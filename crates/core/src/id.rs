@@ -75,7 +75,9 @@ impl FromStr for ContentId {
             .decode(digits.to_ascii_lowercase().as_bytes())
             .ok()
             .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok())
-            .ok_or(ParseError("a content id is 64 hexadecimal digits, with a / after a folder's"))?;
+            .ok_or(ParseError(
+                "a content id is 64 hexadecimal digits, with a / after a folder's",
+            ))?;
         Ok(Self { kind, hash })
     }
 }
@@ -200,7 +202,9 @@ impl FromStr for Name {
         if let Some((_, digits)) = name.rsplit_once('@')
             && digits.bytes().all(|b| b.is_ascii_digit())
         {
-            return Err(ParseError("a name must not end in @ and a number: that asks for a version"));
+            return Err(ParseError(
+                "a name must not end in @ and a number: that asks for a version",
+            ));
         }
         Ok(Self(name))
     }
@@ -270,9 +274,21 @@ mod tests {
     fn names_that_deceive_or_clash_with_other_forms_are_refused() {
         let long = "x".repeat(256);
         let id = ContentId::file([3; 32]).to_string();
-        for bad in
-            ["", " x", "x ", "a/b", "a\\b", ".", "..", "a\nb", "a\u{202E}b", "game@2", "@7", &long, &id]
-        {
+        for bad in [
+            "",
+            " x",
+            "x ",
+            "a/b",
+            "a\\b",
+            ".",
+            "..",
+            "a\nb",
+            "a\u{202E}b",
+            "game@2",
+            "@7",
+            &long,
+            &id,
+        ] {
             assert!(bad.parse::<Name>().is_err(), "{bad:?} was accepted");
         }
         for good in ["llama-70b", "foo@2x.png", "größe", "日本語", "a b", "user@host"] {

@@ -52,9 +52,9 @@ pub struct TooLarge;
 impl Layout {
     /// The layout of files of these sizes, in the manifest's order. A single file is one of these.
     pub fn new(sizes: impl IntoIterator<Item = u64>) -> Result<Self, TooLarge> {
-        let mut files: Vec<Span> =
-            sizes.into_iter().map(|size| Span { first: 0, size }).collect();
-        let total = files.iter().try_fold(0u64, |sum, f| sum.checked_add(f.size)).ok_or(TooLarge)?;
+        let mut files: Vec<Span> = sizes.into_iter().map(|size| Span { first: 0, size }).collect();
+        let total =
+            files.iter().try_fold(0u64, |sum, f| sum.checked_add(f.size)).ok_or(TooLarge)?;
         let mut piece_log2 = MIN_PIECE_LOG2;
         while piece_log2 < MAX_PIECE_LOG2 && total >> piece_log2 > MANY_PIECES {
             piece_log2 += 1;

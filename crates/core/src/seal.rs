@@ -239,7 +239,13 @@ impl CookieJar {
     }
 
     /// Whether `cookie` was baked for this address and member lately.
-    pub fn accepts(&self, now: Moment, from: SocketAddr, member: MemberNumber, cookie: &[u8; 16]) -> bool {
+    pub fn accepts(
+        &self,
+        now: Moment,
+        from: SocketAddr,
+        member: MemberNumber,
+        cookie: &[u8; 16],
+    ) -> bool {
         let slot = now.as_micros() / Self::SLOT.as_micros() as u64;
         let fits = |slot| crate::trust::same_tag(&self.cookie(slot, from, member), cookie);
         fits(slot) || (slot > 0 && fits(slot - 1))

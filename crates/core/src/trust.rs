@@ -150,7 +150,12 @@ impl Invitation {
     const MAX_TEXT: usize = 512;
 
     /// An invitation to the network with key `network`, whose index answers at `index`.
-    pub fn new(network: NetworkId, secret: [u8; 16], expires: WallTime, index: Vec<String>) -> Self {
+    pub fn new(
+        network: NetworkId,
+        secret: [u8; 16],
+        expires: WallTime,
+        index: Vec<String>,
+    ) -> Self {
         let hours = expires.0.div_ceil(3600).min(0xff_ffff);
         Self { network_hash: network_hash(network), secret, expires: WallTime(hours * 3600), index }
     }
@@ -605,8 +610,7 @@ mod tests {
         let key = MachineKey::from_seed([5; 32]);
         let network = NetworkId([6; 32]);
         let id = ContentId::file([7; 32]);
-        let record =
-            NameRecord::sign(&key, network, "game".parse().unwrap(), Version(2), id, NOW);
+        let record = NameRecord::sign(&key, network, "game".parse().unwrap(), Version(2), id, NOW);
         assert_eq!(record.check(network), Ok(()));
         assert!(record.check(NetworkId([1; 32])).is_err());
         let other = NameRecord { id: ContentId::file([8; 32]), ..record.clone() };

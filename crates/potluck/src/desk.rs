@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use potluck_core::id::{NetworkId, PeerId};
+pub(crate) use potluck_core::registrar::Caller;
 use potluck_core::time::Moment;
 use potluck_core::trust::MachineKey;
-use potluck_core::wire::desk::{Answer, Ask, MAX_FRAME};
-use rustls::{ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, Stream};
+use potluck_core::wire::desk::{Answer, Ask, DeskCode, DeskRefusal, MAX_FRAME};
+use rustls::{
+    ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, Stream,
+};
 
 use crate::door::{Door, Pass};
 use crate::error::{Error, ErrorKind, Result};
@@ -179,7 +182,8 @@ impl Call {
         let config = Arc::new(tls::client(key, expect, tls::DESK)?);
         let mut tls = ClientConnection::new(config, tls::no_name())?;
         shake_hands(&mut tls, &mut socket)?;
-        let key = tls::key_of(tls.peer_certificates()).ok_or(rustls::Error::NoCertificatesPresented)?;
+        let key =
+            tls::key_of(tls.peer_certificates()).ok_or(rustls::Error::NoCertificatesPresented)?;
         let exporter = tls.export_keying_material([0; 32], EXPORTER, None)?;
         Ok(Self { socket, tls, exporter, network: NetworkId(key) })
     }
@@ -202,13 +206,28 @@ impl Call {
     }
 }
 
-/// Who asks, proved by TLS.
-#[derive(Clone, Copy)]
-pub(crate) struct Caller {
-    /// Its key.
-    pub(crate) peer: PeerId,
-    /// What this connection exports: a join is bound to it.
-    pub(crate) exporter: [u8; 32],
+/// What a refusal means to the person who asked.
+pub(crate) fn refused(refusal: &DeskRefusal) -> Error {
+    let (kind, hint) = match refusal.code {
+        DeskCode::Expired | DeskCode::UsedUp | DeskCode::Withdrawn => {
+            (ErrorKind::Refused, "ask for a new one: potluck invite")
+        }
+        DeskCode::Removed => {
+            (ErrorKind::Refused, "an admin has to invite it again under a new key")
+        }
+        DeskCode::NotAllowed => (ErrorKind::Refused, "ask an admin of the network"),
+        DeskCode::NotFound => (ErrorKind::NotFound, "potluck members lists them"),
+        DeskCode::Full => (ErrorKind::Other, "remove members that are gone: potluck members rm"),
+        DeskCode::NotDurable => (ErrorKind::Other, "make room on the index's disk and try again"),
+        DeskCode::BadRequest => (ErrorKind::Other, "are both machines of the same version?"),
+    };
+    Error::new(kind, format!("the index refuses: {}", refusal.text)).hint(hint)
+}
+
+/// The index answered something else than it was asked.
+pub(crate) fn unexpected() -> Error {
+    Error::new(ErrorKind::Other, "the index answered something else than it was asked")
+        .hint("are both machines of the same version?")
 }
 
 /// The desk's side; dropping it closes the desk.
@@ -251,8 +270,7 @@ fn attend(
     let peer = tls::key_of(tls.peer_certificates())
         .filter(|_| tls.alpn_protocol() == Some(tls::DESK))
         .ok_or_else(|| io::Error::other("it speaks another protocol"))?;
-    let exporter =
-        tls.export_keying_material([0; 32], EXPORTER, None).map_err(io::Error::other)?;
+    let exporter = tls.export_keying_material([0; 32], EXPORTER, None).map_err(io::Error::other)?;
     let mut caller = Stream::new(&mut tls, &mut socket);
     let mut len = [0; 4];
     caller.read_exact(&mut len)?;
@@ -275,10 +293,7 @@ fn attend(
     tls.write_tls(&mut socket).map(drop)
 }
 
-fn shake_hands<S: SideData>(
-    tls: &mut ConnectionCommon<S>,
-    socket: &mut Timed,
-) -> io::Result<()> {
+fn shake_hands<S: SideData>(tls: &mut ConnectionCommon<S>, socket: &mut Timed) -> io::Result<()> {
     while tls.is_handshaking() {
         tls.complete_io(socket)?;
     }

@@ -27,6 +27,7 @@ mod door;
 mod error;
 mod index;
 mod peer;
+mod signals;
 mod state;
 mod store;
 mod tls;

@@ -83,7 +83,8 @@ impl<'a> Reader<'a> {
 
     /// A length byte and UTF-8 text without control characters.
     pub fn text8(&mut self) -> Result<&'a str, Malformed> {
-        let text = std::str::from_utf8(self.bytes8()?).map_err(|_| Malformed("text is not UTF-8"))?;
+        let text =
+            std::str::from_utf8(self.bytes8()?).map_err(|_| Malformed("text is not UTF-8"))?;
         if text.chars().any(crate::id::is_deceptive) {
             return Err(Malformed("text holds control characters"));
         }

@@ -320,11 +320,7 @@ fn defect(what: impl std::fmt::Display) -> rustls::Error {
 /// How many of `len` bytes are sealed into `room`: all, or full records only.
 fn sealable(room: usize, len: usize) -> usize {
     let records = len.div_ceil(RECORD);
-    if len + records * RECORD_EXTRA <= room {
-        len
-    } else {
-        room / (RECORD + RECORD_EXTRA) * RECORD
-    }
+    if len + records * RECORD_EXTRA <= room { len } else { room / (RECORD + RECORD_EXTRA) * RECORD }
 }
 
 /// Bytes within a buffer of fixed size: filled at the end, taken from the start.
@@ -383,8 +379,8 @@ mod tests {
         let SupportedCipherSuite::Tls13(suite) = provider.cipher_suites[0] else {
             panic!("a TLS 1.3 suite");
         };
-        provider.cipher_suites = vec![SupportedCipherSuite::Tls13(Box::leak(Box::new(
-            Tls13CipherSuite {
+        provider.cipher_suites =
+            vec![SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
                 common: CipherSuiteCommon {
                     suite: suite.common.suite,
                     hash_provider: suite.common.hash_provider,
@@ -393,8 +389,7 @@ mod tests {
                 hkdf_provider: suite.hkdf_provider,
                 aead_alg: suite.aead_alg,
                 quic: None,
-            },
-        )))];
+            })))];
         provider
     }
 

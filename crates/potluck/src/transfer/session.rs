@@ -19,7 +19,9 @@ use potluck_core::wire::stream::{
 
 use super::gather::Listener;
 use super::outbox::Outbox;
-use super::{Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox};
+use super::{
+    Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox,
+};
 use crate::clock;
 use crate::store::{PutError, Replica};
 
@@ -426,9 +428,7 @@ impl Session {
         pieces: &[Piece],
         frame: impl Fn(Vec<Piece>) -> Frame<'a>,
     ) -> Result<(), Gone> {
-        pieces
-            .chunks(MAX_PIECES)
-            .try_for_each(|pieces| self.outbox.say(&frame(pieces.to_vec())))
+        pieces.chunks(MAX_PIECES).try_for_each(|pieces| self.outbox.say(&frame(pieces.to_vec())))
     }
 
     fn is_open(&self, channel: Channel) -> bool {
@@ -592,9 +592,7 @@ impl Session {
     fn heard_of(&mut self, channel: Channel, pieces: &[Piece]) -> Result<bool, Gone> {
         match self.pieces_of(channel)? {
             None => Ok(false),
-            Some(Some(known)) if pieces.iter().any(|piece| piece.0 >= *known) => {
-                Err(NO_PIECE)
-            }
+            Some(Some(known)) if pieces.iter().any(|piece| piece.0 >= *known) => Err(NO_PIECE),
             Some(_) => Ok(true),
         }
     }

@@ -111,7 +111,7 @@ pub(crate) struct Common {
 pub(crate) struct Listen {
     /// Where the peer serves other peers (TCP)
     ///
-    /// A port alone means all addresses. [default: all addresses, a free port]
+    /// A port alone means all addresses. [default: 7701, or any free port]
     #[arg(long, env = "POTLUCK_LISTEN", hide_env_values = true, value_name = "ADDR:PORT",
           value_parser = address)]
     pub(crate) listen: Option<SocketAddr>,
@@ -423,10 +423,10 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(crate) struct Index {
-    /// Where it listens, UDP and TCP; a port alone means all addresses
+    /// Where it listens, UDP and TCP; a port alone means all addresses [default: 7700]
     #[arg(long, env = "POTLUCK_LISTEN", hide_env_values = true, value_name = "ADDR:PORT",
-          default_value = "0.0.0.0:7700", value_parser = address)]
-    pub(crate) listen: SocketAddr,
+          value_parser = address)]
+    pub(crate) listen: Option<SocketAddr>,
     /// The host and port that invitations name
     ///
     /// Needed where others reach this machine by another address than it knows. [default: its own

@@ -48,12 +48,12 @@ pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
 pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
     cx.must_not_run(Role::Index, "stop it: potluck down --index; or give another --state")?;
     log(cx);
-    let index = Index::open(IndexSettings {
-        state: cx.state.clone(),
+    let index = Index::open(&IndexSettings {
         listen: args.listen,
         advertise: args.advertise.clone(),
         invite_uses: args.uses,
         invite_valid: args.valid,
+        ..IndexSettings::new(&cx.state)
     })?;
     index.serve_control()?;
     let ready = index.ready();
