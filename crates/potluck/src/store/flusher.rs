@@ -1,4 +1,4 @@
-//! Owns when written pieces are made durable: every second, or sooner where much was written. Never
+//! Owns when written pieces are made durable: twice a second, or sooner where much was written. Never
 //! wakes while nothing is written.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::files::lock;
 
-/// What a crash may cost.
-const EVERY: Duration = Duration::from_secs(1);
-/// Unsynced bytes that do not wait for the second to be over: they would make one long sync.
+/// Half of what a crash may cost, a second: the sync itself takes its time too.
+const EVERY: Duration = Duration::from_millis(500);
+/// Unsynced bytes that do not wait for that: they would make one long sync.
 const MANY_BYTES: u64 = 256 << 20;
 
 /// Tells the flusher's thread what was written, and when to stop.
@@ -45,7 +45,7 @@ impl Bell {
     }
 
     /// Calls `flush` whenever it is due, until [`Bell::stop`]. A flush that returns false is tried
-    /// again a second later.
+    /// again after the same wait.
     pub(super) fn run(&self, flush: impl Fn() -> bool) {
         while !self.stopped() {
             let mut turn = lock(&self.waiting);

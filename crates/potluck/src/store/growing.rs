@@ -46,6 +46,8 @@ pub(super) struct Growing {
     failed_syncs: AtomicU64,
     /// Its room on the disk was not given in advance.
     lazy: AtomicBool,
+    /// Nothing is made any more.
+    given_up: AtomicBool,
     /// So many of the next syncs fail.
     #[cfg(test)]
     pub(super) fail_syncs: AtomicU64,
@@ -158,6 +160,7 @@ impl Growing {
             flushing: Mutex::default(),
             failed_syncs: AtomicU64::new(0),
             lazy: AtomicBool::new(true),
+            given_up: AtomicBool::new(false),
             #[cfg(test)]
             fail_syncs: AtomicU64::new(0),
         }
@@ -219,8 +222,10 @@ impl Growing {
         let size = self.content.layout.size_of(number);
         self.open.get((self.serial, number), || {
             let file = make()?;
-            if file.metadata()?.len() != size {
-                file.set_len(0)?;
+            let len = file.metadata()?.len();
+            if len > size {
+                file.set_len(size)?;
+            } else if len < size {
                 preallocate(&file, size)?;
             }
             Ok(file)
@@ -232,6 +237,9 @@ impl Growing {
         let root = &mut *lock(&self.root);
         if let Some(root) = root {
             return Ok(Arc::clone(root));
+        }
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(io::Error::other("it is no longer fetched"));
         }
         let part = self.at().part;
         let file = match open_part(&self.content, &part) {
@@ -435,8 +443,12 @@ impl Growing {
 
     /// Removes the temporary file or folder and the journal.
     pub(super) fn discard(&self) -> io::Result<()> {
-        let removed = remove_any(&self.at().part);
-        *lock(&self.root) = None;
+        let removed = {
+            let root = &mut *lock(&self.root);
+            self.given_up.store(true, Ordering::Relaxed);
+            *root = None;
+            remove_any(&self.at().part)
+        };
         self.close_journal()?;
         removed
     }

@@ -270,7 +270,7 @@ fn open_found(survey: &Survey, folder: Option<&File>, file: u32) -> io::Result<F
 
 fn content(survey: &Survey, layout: Layout, values: &[[u8; VALUE]]) -> Result<Content> {
     let nothing = *blake3::hash(b"").as_bytes();
-    let ids = (0..layout.files()).map(|file| {
+    let mut ids = (0..layout.files()).map(|file| {
         let pieces = layout.pieces_of(file);
         fold(&values[pieces.start as usize..pieces.end as usize]).unwrap_or(nothing)
     });
@@ -282,7 +282,7 @@ fn content(survey: &Survey, layout: Layout, values: &[[u8; VALUE]]) -> Result<Co
         .collect();
     let unexpected = |e: &dyn std::fmt::Display| refused(&survey.root, &e.to_string());
     if !survey.is_folder {
-        let id = ids.last().unwrap_or(nothing);
+        let id = ids.next().unwrap_or(nothing);
         let proof = Proof::of_file(id, &layout, &list).map_err(|e| unexpected(&e))?;
         let files = vec![FileName { path: None, executable: false }];
         let id = ContentId::file(id);

@@ -83,7 +83,7 @@ impl Ledger {
             match decode(key.value(), value.value()) {
                 Ok(entry) => all.push(entry),
                 Err(error) => {
-                    tracing::warn!(%error, "an entry of the peer's database is unreadable")
+                    tracing::warn!(%error, "an entry of the peer's database is unreadable");
                 }
             }
         }

@@ -127,7 +127,7 @@ impl Store {
             match resume::remembered(id, entry, &shared) {
                 Ok(replica) => drop(replicas.insert(id, replica)),
                 Err(error) => {
-                    tracing::warn!(%error, content = %id, "a shared content is forgotten")
+                    tracing::warn!(%error, content = %id, "a shared content is forgotten");
                 }
             }
         }

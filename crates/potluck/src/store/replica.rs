@@ -59,7 +59,6 @@ pub(crate) enum ReadError {
 }
 
 /// A content on this disk: whole and shared in place, or growing while it is fetched.
-#[derive(Debug)]
 pub(crate) struct Replica {
     content: Arc<Content>,
     shared: Arc<Shared>,
@@ -576,6 +575,12 @@ impl Replica {
             return growing.discard().map_err(failed);
         }
         Ok(())
+    }
+}
+
+impl std::fmt::Debug for Replica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} at {}, {:?}", self.id(), self.path().display(), self.have())
     }
 }
 
