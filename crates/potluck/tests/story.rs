@@ -132,7 +132,6 @@ fn made_up(length: usize) -> Vec<u8> {
 }
 
 #[test]
-#[ignore = "until the peer and the index are in"]
 fn whoever_fetches_hosts_and_the_publisher_may_leave() {
     let dir = tempfile::tempdir().unwrap();
     let index = Machine::start(dir.path(), "index", "index");
@@ -199,7 +198,6 @@ impl Drop for Background {
 }
 
 #[test]
-#[ignore = "until the peer and the index are in"]
 fn two_machines_with_nothing_configured_need_two_commands() {
     let dir = tempfile::tempdir().unwrap();
     let [alice, bob] = ["alice", "bob"].map(|name| {
