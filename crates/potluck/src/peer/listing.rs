@@ -34,7 +34,6 @@ pub(super) struct Listing {
     /// Pages are on their way; changes that come meanwhile wait here.
     filling: Option<Vec<Row>>,
     /// Rows seen in the pages so far.
-    fresh: BTreeMap<RowKey, Row>,
     again: bool,
 }
 

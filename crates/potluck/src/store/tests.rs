@@ -280,7 +280,7 @@ fn ten_thousand_small_files_are_shared_fetched_and_the_same() {
     }
     let source = from.share("many");
     assert_eq!(source.layout().files(), 10_000);
-    assert_eq!(source.proof(), []);
+    assert!(source.proof().is_empty());
     let replica = to.fetch(&source, "many").unwrap();
     carry(&source, &replica, shuffled(&source, 1));
     replica.finish().unwrap();
