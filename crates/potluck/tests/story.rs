@@ -182,7 +182,10 @@ fn whoever_fetches_hosts_and_the_publisher_may_leave() {
 
     // What else may happen is told by exit codes.
     assert_eq!(dora.fails(&["get", "no-such-film"]), 3);
-    assert_eq!(dora.fails(&["get", "film.mkv"]), 10, "it never overwrites");
+    assert_eq!(dora.gets("film.mkv"), (at, vec![]), "what is here is not fetched again");
+    fs::write(dora.home.join("mine"), b"mine").unwrap();
+    assert_eq!(dora.fails(&["get", "film.mkv", "-o", "mine"]), 10, "it never overwrites");
+    assert_eq!(fs::read(dora.home.join("mine")).unwrap(), b"mine");
     assert_eq!(bob.does(&["unshare", "film.mkv"]), Event::Unshared { ids: vec![id] });
     assert!(bob.home.join("film.mkv").exists(), "no file is deleted");
     assert_eq!(bob.hosts(), []);
