@@ -98,6 +98,7 @@ impl Engine {
     fn enter(&mut self, membership: Membership) {
         let mut link = Link::new(dice());
         link.set_port(self.listen.port());
+        link.set_load(self.sharing.load());
         self.line = Some(Line {
             link,
             membership,

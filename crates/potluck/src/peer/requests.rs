@@ -377,7 +377,7 @@ impl Engine {
             Ok(Ack::Found(found)) => engine.get_found(&query, &found, to, exists, asker),
             Ok(_) => drop(asker.replies.fail(&desk::unexpected())),
             Err(e) => {
-                let why = from_link(&e, &query);
+                let why = about(&e);
                 if why.kind == ErrorKind::NoSource {
                     let next = clock::now() + HOPE_EVERY;
                     let hope = Hoping { query, to, exists, asker, until, next, why };
@@ -521,7 +521,7 @@ impl Engine {
             match answer {
                 Ok(Ack::Found(found)) => drop(replies.send(found_event(&found))),
                 Ok(_) => drop(replies.fail(&desk::unexpected())),
-                Err(e) => drop(replies.fail(&from_link(&e, &query))),
+                Err(e) => drop(replies.fail(&about(&e))),
             };
         });
     }
@@ -739,7 +739,11 @@ fn taken(name: &Name, by: Option<PeerId>) -> Error {
 
 /// What the index's refusal means to the person who asked.
 fn from_refusal(refusal: &Refusal) -> Error {
-    let kind = match refusal.code {
+    Error::new(kind_of(refusal.code), format!("the index refuses: {}", refusal.text))
+}
+
+fn kind_of(code: Code) -> ErrorKind {
+    match code {
         Code::NotFound => ErrorKind::NotFound,
         Code::NoHosts => ErrorKind::NoSource,
         Code::NameTaken | Code::StaleVersion => ErrorKind::Exists,
@@ -747,8 +751,7 @@ fn from_refusal(refusal: &Refusal) -> Error {
         Code::BadRequest => ErrorKind::Usage,
         Code::BadSignature | Code::SizeDiffers => ErrorKind::Integrity,
         Code::CookieNeeded | Code::Quota | Code::Full | Code::TooFast => ErrorKind::Other,
-    };
-    Error::new(kind, format!("the index refuses: {}", refusal.text))
+    }
 }
 
 pub(super) fn link_error(e: &LinkError) -> Error {
@@ -763,14 +766,15 @@ pub(super) fn link_error(e: &LinkError) -> Error {
     }
 }
 
-fn from_link(e: &LinkError, query: &Query) -> Error {
+/// The index's answer about one content: its words say what is the case.
+fn about(e: &LinkError) -> Error {
     match e {
-        LinkError::Refused(refusal) if refusal.code == Code::NotFound => {
-            Error::new(ErrorKind::NotFound, format!("{query}: {}", refusal.text))
-                .hint("potluck ls lists what there is")
-        }
-        LinkError::Refused(refusal) if refusal.code == Code::NoHosts => {
-            Error::new(ErrorKind::NoSource, format!("{query}: {}", refusal.text))
+        LinkError::Refused(refusal) => {
+            let error = Error::new(kind_of(refusal.code), refusal.text.clone());
+            match refusal.code {
+                Code::NotFound => error.hint("potluck ls lists what there is"),
+                _ => error,
+            }
         }
         e => link_error(e),
     }

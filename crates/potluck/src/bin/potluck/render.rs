@@ -90,6 +90,11 @@ pub(crate) fn span(time: Duration) -> String {
     }
 }
 
+/// A time that is known in whole seconds.
+pub(crate) fn age(seconds: u64) -> String {
+    if seconds == 0 { "under 1 s".into() } else { span(Duration::from_secs(seconds)) }
+}
+
 /// Text of another machine, made harmless: what would steer the terminal or make the text read
 /// otherwise than it is shows as `\u{…}`.
 pub(crate) fn plain(text: &str) -> String {

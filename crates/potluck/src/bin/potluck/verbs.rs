@@ -16,7 +16,7 @@ use crate::args::{self, Get, Invite, Listen, MembersVerb, Share};
 use crate::interrupt;
 use crate::process::{Context, Line, absolute};
 use crate::progress::Meter;
-use crate::render::{
+use crate::render::{age, 
     Table, content, count, machine, out, pair, path, path_result, permille, plain, quoted, rate,
     size, span, title,
 };
@@ -486,16 +486,15 @@ pub(crate) fn members(cx: &Context, what: Option<&MembersVerb>) -> Result<()> {
 
 fn member_table(members: &[Member]) -> Table {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    let ago = |time: Duration| format!("{} ago", span(time));
+    let ago = |seconds: u64| format!("{} ago", age(seconds));
     let mut table = Table::new(&["NAME", "MACHINE", "ROLE", "JOINED", "SEEN", "INVITATION"]);
     for member in members {
-        let seen = member.silent_s.map(|silent| Duration::from_secs(silent.into()));
         table.row([
             member.label.clone(),
             machine(&member.peer),
             member.role.clone(),
-            ago(now.saturating_sub(Duration::from_secs(member.joined))),
-            seen.map_or_else(|| "-".into(), ago),
+            ago(now.as_secs().saturating_sub(member.joined)),
+            member.silent_s.map_or_else(|| "-".into(), |silent| ago(silent.into())),
             member.invitation.clone(),
         ]);
     }
@@ -517,7 +516,7 @@ pub(crate) fn peers(cx: &Context) -> Result<()> {
                 machine(&peer.peer),
                 peer.address.clone(),
                 if peer.dialled { "here" } else { "there" }.into(),
-                span(Duration::from_secs(peer.seconds)),
+                age(peer.seconds),
                 size(peer.sent),
                 size(peer.received),
             ]);
@@ -544,7 +543,7 @@ fn show_status(status: &Status) {
         machine(&status.peer),
         plain(&status.listen),
         status.pid,
-        span(Duration::from_secs(status.seconds)),
+        age(status.seconds),
     ));
     out(&match &status.network {
         None => "network  none (potluck join INVITATION, or potluck share PATH)".into(),
