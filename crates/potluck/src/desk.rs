@@ -11,7 +11,9 @@ use potluck_core::id::{NetworkId, PeerId};
 use potluck_core::time::Moment;
 use potluck_core::trust::MachineKey;
 use potluck_core::wire::desk::{Answer, Ask, MAX_FRAME};
-use rustls::{ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, Stream};
+use rustls::{
+    ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, Stream,
+};
 
 use crate::door::{Door, Pass};
 use crate::error::{Error, ErrorKind, Result};
@@ -179,7 +181,8 @@ impl Call {
         let config = Arc::new(tls::client(key, expect, tls::DESK)?);
         let mut tls = ClientConnection::new(config, tls::no_name())?;
         shake_hands(&mut tls, &mut socket)?;
-        let key = tls::key_of(tls.peer_certificates()).ok_or(rustls::Error::NoCertificatesPresented)?;
+        let key =
+            tls::key_of(tls.peer_certificates()).ok_or(rustls::Error::NoCertificatesPresented)?;
         let exporter = tls.export_keying_material([0; 32], EXPORTER, None)?;
         Ok(Self { socket, tls, exporter, network: NetworkId(key) })
     }
@@ -251,8 +254,7 @@ fn attend(
     let peer = tls::key_of(tls.peer_certificates())
         .filter(|_| tls.alpn_protocol() == Some(tls::DESK))
         .ok_or_else(|| io::Error::other("it speaks another protocol"))?;
-    let exporter =
-        tls.export_keying_material([0; 32], EXPORTER, None).map_err(io::Error::other)?;
+    let exporter = tls.export_keying_material([0; 32], EXPORTER, None).map_err(io::Error::other)?;
     let mut caller = Stream::new(&mut tls, &mut socket);
     let mut len = [0; 4];
     caller.read_exact(&mut len)?;
@@ -275,10 +277,7 @@ fn attend(
     tls.write_tls(&mut socket).map(drop)
 }
 
-fn shake_hands<S: SideData>(
-    tls: &mut ConnectionCommon<S>,
-    socket: &mut Timed,
-) -> io::Result<()> {
+fn shake_hands<S: SideData>(tls: &mut ConnectionCommon<S>, socket: &mut Timed) -> io::Result<()> {
     while tls.is_handshaking() {
         tls.complete_io(socket)?;
     }

@@ -7,7 +7,7 @@ mod door;
 mod error;
 #[allow(dead_code, unused_imports, reason = "the peer that uses it is still being built")]
 mod store;
+mod tls;
 #[allow(dead_code, reason = "the peer that uses it is still being built")]
 mod transfer;
-mod tls;
 pub use error::{Error, ErrorKind, Result};

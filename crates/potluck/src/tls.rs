@@ -15,8 +15,8 @@ use rustls::server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
 use rustls::version::TLS13;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerMisbehaved,
-    ServerConfig, SignatureAlgorithm, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error,
+    PeerMisbehaved, ServerConfig, SignatureAlgorithm, SignatureScheme,
 };
 
 /// The protocol name (ALPN) between peers.
@@ -25,7 +25,8 @@ pub(crate) const PEERS: &[u8] = b"potluck/1";
 pub(crate) const DESK: &[u8] = b"potluck-desk/1";
 
 /// What a `SubjectPublicKeyInfo` of an Ed25519 key begins with (RFC 8410); 32 bytes of key follow.
-const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+const SPKI_HEAD: [u8; 12] =
+    [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 /// Whose key the other side must show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

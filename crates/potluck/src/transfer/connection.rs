@@ -461,7 +461,7 @@ mod tests {
 
     #[test]
     fn an_idle_connection_shows_that_it_is_alive() {
-        let (mut thread, mut puppet, _machine, connection) = paused();
+        let (mut thread, puppet, _machine, connection) = paused();
         let later = thread.said + Duration::from_secs(16);
         thread.heard = later;
         assert_eq!(thread.keep_time(later, Ready::default()), Ok(()));
@@ -478,7 +478,10 @@ mod tests {
     fn a_caller_that_does_not_show_who_it_is_has_five_seconds() {
         let (mut thread, _puppet, _machine, _kept) = paused();
         thread.is_up = false;
-        assert_eq!(thread.keep_time(thread.began + Duration::from_secs(4), Ready::default()), Ok(()));
+        assert_eq!(
+            thread.keep_time(thread.began + Duration::from_secs(4), Ready::default()),
+            Ok(())
+        );
         let late = thread.began + Duration::from_secs(5);
         assert!(matches!(thread.keep_time(late, Ready::default()), Err(Gone::TimedOut(_))));
     }

@@ -17,6 +17,8 @@ mod secure;
 mod session;
 
 #[cfg(test)]
+mod exchange;
+#[cfg(test)]
 mod puppet;
 #[cfg(test)]
 mod tests;

@@ -273,7 +273,7 @@ fn advance<Data>(
     job: &mut Job<'_, '_>,
 ) -> (usize, Result<Result<Next, Closed>, Failure>) {
     let mut discard = status.discard;
-    let mut act = || match status.state.map_err(Failure::Tls)? {
+    let act = || match status.state.map_err(Failure::Tls)? {
         ConnectionState::ReadTraffic(mut traffic) => {
             while let Some(record) = traffic.next_record() {
                 let record = record.map_err(Failure::Tls)?;
@@ -320,11 +320,7 @@ fn defect(what: impl std::fmt::Display) -> rustls::Error {
 /// How many of `len` bytes are sealed into `room`: all, or full records only.
 fn sealable(room: usize, len: usize) -> usize {
     let records = len.div_ceil(RECORD);
-    if len + records * RECORD_EXTRA <= room {
-        len
-    } else {
-        room / (RECORD + RECORD_EXTRA) * RECORD
-    }
+    if len + records * RECORD_EXTRA <= room { len } else { room / (RECORD + RECORD_EXTRA) * RECORD }
 }
 
 /// Bytes within a buffer of fixed size: filled at the end, taken from the start.
@@ -380,11 +376,9 @@ mod tests {
 
     /// Keys that are worn out after 40 records instead of 2²⁴.
     fn short_lived(mut provider: CryptoProvider) -> CryptoProvider {
-        let SupportedCipherSuite::Tls13(suite) = provider.cipher_suites[0] else {
-            panic!("a TLS 1.3 suite");
-        };
-        provider.cipher_suites = vec![SupportedCipherSuite::Tls13(Box::leak(Box::new(
-            Tls13CipherSuite {
+        let SupportedCipherSuite::Tls13(suite) = provider.cipher_suites[0];
+        provider.cipher_suites =
+            vec![SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
                 common: CipherSuiteCommon {
                     suite: suite.common.suite,
                     hash_provider: suite.common.hash_provider,
@@ -393,8 +387,7 @@ mod tests {
                 hkdf_provider: suite.hkdf_provider,
                 aead_alg: suite.aead_alg,
                 quic: None,
-            },
-        )))];
+            })))];
         provider
     }
 

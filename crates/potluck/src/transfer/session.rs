@@ -19,7 +19,9 @@ use potluck_core::wire::stream::{
 
 use super::gather::Listener;
 use super::outbox::Outbox;
-use super::{Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox};
+use super::{
+    Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox,
+};
 use crate::clock;
 use crate::store::{PutError, Replica};
 
@@ -426,9 +428,7 @@ impl Session {
         pieces: &[Piece],
         frame: impl Fn(Vec<Piece>) -> Frame<'a>,
     ) -> Result<(), Gone> {
-        pieces
-            .chunks(MAX_PIECES)
-            .try_for_each(|pieces| self.outbox.say(&frame(pieces.to_vec())))
+        pieces.chunks(MAX_PIECES).try_for_each(|pieces| self.outbox.say(&frame(pieces.to_vec())))
     }
 
     fn is_open(&self, channel: Channel) -> bool {
@@ -592,9 +592,7 @@ impl Session {
     fn heard_of(&mut self, channel: Channel, pieces: &[Piece]) -> Result<bool, Gone> {
         match self.pieces_of(channel)? {
             None => Ok(false),
-            Some(Some(known)) if pieces.iter().any(|piece| piece.0 >= *known) => {
-                Err(NO_PIECE)
-            }
+            Some(Some(known)) if pieces.iter().any(|piece| piece.0 >= *known) => Err(NO_PIECE),
             Some(_) => Ok(true),
         }
     }
@@ -638,12 +636,13 @@ impl Session {
                 open.meta.proof = proof as usize;
                 self.report(Event::Opened { channel: number, size, manifest, proof })
             }
-            Frame::Meta(_, bytes) => match open.meta.take(bytes)? {
-                Some((manifest, proof)) => {
-                    self.report(Event::Meta { channel: number, manifest, proof })
+            Frame::Meta(_, bytes) => {
+                if !open.meta.take(bytes)? {
+                    return Ok(());
                 }
-                None => Ok(()),
-            },
+                let (manifest, proof) = open.meta.hand_over();
+                self.report(Event::Meta { channel: number, manifest, proof })
+            }
             Frame::Busy(_, mut pieces, wait_ms) => {
                 pieces.retain(|piece| open.answered(*piece));
                 if pieces.is_empty() {
@@ -737,20 +736,22 @@ impl Ours {
 }
 
 impl MetaIn {
-    /// Takes the next part; the whole, where this was the last.
-    fn take(&mut self, bytes: &[u8]) -> Result<Option<(Vec<u8>, Vec<u8>)>, Gone> {
+    /// Takes the next part; true where it was the last.
+    fn take(&mut self, bytes: &[u8]) -> Result<bool, Gone> {
         let whole = self.manifest + self.proof;
         if self.since.is_none() || bytes.is_empty() || self.bytes.len() + bytes.len() > whole {
             return Err(Gone::Protocol("it sends metadata nobody asked for"));
         }
         self.bytes.extend_from_slice(bytes);
         self.since = (self.bytes.len() < whole).then(clock::now);
-        if self.since.is_some() {
-            return Ok(None);
-        }
+        Ok(self.since.is_none())
+    }
+
+    /// Manifest and proof, once they are whole.
+    fn hand_over(&mut self) -> (Vec<u8>, Vec<u8>) {
         let mut manifest = std::mem::take(&mut self.bytes);
         let proof = manifest.split_off(self.manifest);
-        Ok(Some((manifest, proof)))
+        (manifest, proof)
     }
 }
 

@@ -77,14 +77,21 @@ fn a_stranger_gets_no_byte_whatever_it_shows() {
     machine.identify(|identity| identity.revoked = [revoked].into());
     let now = clock::wall();
     let long_ago = now.minus(CERTIFICATE_LIFE * 2);
-    let forged = Certificate { network: index().network(), ..certificate_of(&stranger, stranger.peer(), now) };
+    let forged = Certificate {
+        network: index().network(),
+        ..certificate_of(&stranger, stranger.peer(), now)
+    };
     let cases = [
         ("signed by itself", 8, certificate_of(&stranger, stranger.peer(), now).encode()),
         ("signed by itself in our name", 8, forged.encode()),
         ("of another network", 8, certificate_of(&key(5), stranger.peer(), now).encode()),
         ("another's", 8, certificate(key(3).peer()).encode()),
         ("expired", 8, certificate_of(&index(), stranger.peer(), long_ago).encode()),
-        ("of the future", 8, certificate_of(&index(), stranger.peer(), WallTime(now.0 * 2)).encode()),
+        (
+            "of the future",
+            8,
+            certificate_of(&index(), stranger.peer(), WallTime(now.0 * 2)).encode(),
+        ),
         ("revoked", 7, certificate(revoked).encode()),
         ("cut short", 8, certificate(stranger.peer()).encode()[..99].to_vec()),
         ("nothing", 8, vec![]),
@@ -166,11 +173,17 @@ fn what_breaks_a_rule_ends_the_connection_with_a_reason() {
         ("a channel opened twice", vec![Frame::Open(ours(1), SOME), Frame::Open(ours(1), SOME)]),
         ("a channel that is not open", vec![Frame::Close(ours(1))]),
         ("one of ours that we did not open", vec![Frame::Close(theirs(1))]),
-        ("wants before it was admitted", vec![Frame::Open(ours(1), SOME), Frame::Want(ours(1), vec![Piece(0)])]),
+        (
+            "wants before it was admitted",
+            vec![Frame::Open(ours(1), SOME), Frame::Want(ours(1), vec![Piece(0)])],
+        ),
         ("a piece nobody asked for", vec![Frame::Piece(theirs(1), Piece(0), b"x")]),
         ("an answer nobody asked for", vec![Frame::Busy(theirs(1), vec![Piece(0)], 5)]),
         ("two numbers of pieces", vec![Frame::Open(ours(1), SOME), have(5), have(6)]),
-        ("a piece beyond them", vec![Frame::Open(ours(1), SOME), have(5), Frame::HaveMore(ours(1), vec![Piece(5)])]),
+        (
+            "a piece beyond them",
+            vec![Frame::Open(ours(1), SOME), have(5), Frame::HaveMore(ours(1), vec![Piece(5)])],
+        ),
         ("too many channels", (0..=1024).map(|n| Frame::Open(ours(n), SOME)).collect()),
     ];
     for (what, frames) in cases {
@@ -180,7 +193,9 @@ fn what_breaks_a_rule_ends_the_connection_with_a_reason() {
             scope.spawn(|| frames.iter().for_each(|frame| puppet.say(frame)));
             loop {
                 match machine.event() {
-                    Event::Gone { why } => break assert!(matches!(why, Gone::Protocol(_)), "{what}: {why:?}"),
+                    Event::Gone { why } => {
+                        break assert!(matches!(why, Gone::Protocol(_)), "{what}: {why:?}");
+                    }
                     Event::WantsOpen { .. } | Event::Have { .. } => {}
                     other => panic!("{what}: {other:?}"),
                 }
@@ -192,7 +207,13 @@ fn what_breaks_a_rule_ends_the_connection_with_a_reason() {
 
 #[test]
 fn garbage_instead_of_frames_ends_the_connection() {
-    for garbage in [&b"\0\0\0\0\0"[..], b"\xff\xff\xff\xff\x06", b"\0\0\0\x02\x63\x00", b"\xff\xff\xff\xff\x0a", b"\0\0\0\x07\x0a"] {
+    for garbage in [
+        &b"\0\0\0\0\0"[..],
+        b"\xff\xff\xff\xff\x06",
+        b"\0\0\0\x02\x63\x00",
+        b"\xff\xff\xff\xff\x0a",
+        b"\0\0\0\x07\x0a",
+    ] {
         let machine = Machine::new(2);
         let (mut puppet, _connection) = Puppet::come_up(&machine, 3);
         puppet.say_bytes(garbage);
