@@ -246,6 +246,7 @@ impl Session {
     pub(super) fn report_gone(&self, why: &Gone) {
         let (conn, address, peer) = (self.conn.0, self.address, self.key);
         tracing::debug!(conn, %address, ?peer, self.dialled, %why, "a connection is over");
+        self.mailbox.close();
         if self.is_up() || self.dialled {
             let _ = self.report(Event::Gone { why: why.clone() });
         }
