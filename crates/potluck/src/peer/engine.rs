@@ -32,6 +32,9 @@ use crate::index::{Index, spawn};
 use crate::store::{Replica, Store};
 use crate::transfer::{self, Command, ConnId, Connection, Context, SharedIdentity};
 
+/// Connections with one peer: two dial each other at once, or one comes back before the other end of
+/// its old connection noticed; more are of no use.
+const MAX_A_PEER: usize = 4;
 /// Jobs under way at once; more are refused with a clear error.
 const MAX_JOBS: usize = 64;
 /// Events handled before outputs and timers are looked at again.
@@ -418,6 +421,10 @@ impl Engine {
         use transfer::Event as E;
         match event {
             E::Up { peer, certificate, address, port, dialled, connection } => {
+                let standing = self.conns.values().filter(|c| c.up && c.peer == peer).count();
+                if standing >= MAX_A_PEER {
+                    return connection.tell(Command::Bye(Goodbye::Full, "enough with you".into()));
+                }
                 let made = || Conn::new(connection, peer, address, dialled);
                 let conn = self.conns.entry(id).or_insert_with(made);
                 conn.up = true;

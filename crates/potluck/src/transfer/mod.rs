@@ -17,6 +17,8 @@ mod secure;
 mod session;
 
 #[cfg(test)]
+mod exchange;
+#[cfg(test)]
 mod puppet;
 #[cfg(test)]
 mod tests;
@@ -232,6 +234,8 @@ struct Mailbox {
 struct Letters {
     waiting: VecDeque<Letter>,
     asleep: bool,
+    /// Nobody will read any more.
+    closed: bool,
 }
 
 enum Letter {
@@ -247,6 +251,9 @@ impl Mailbox {
 
     fn put(&self, letter: Letter) {
         let mut letters = self.letters();
+        if letters.closed {
+            return;
+        }
         letters.waiting.push_back(letter);
         if std::mem::take(&mut letters.asleep) {
             door::ring(&self.bell);
@@ -256,6 +263,13 @@ impl Mailbox {
     /// Takes all letters into `into` (empty before).
     fn take(&self, into: &mut VecDeque<Letter>) {
         std::mem::swap(&mut self.letters().waiting, into);
+    }
+
+    /// Takes nothing more.
+    fn close(&self) {
+        let mut letters = self.letters();
+        letters.closed = true;
+        letters.waiting.clear();
     }
 
     /// Marks the thread as asleep; false where there is mail and it must not sleep.

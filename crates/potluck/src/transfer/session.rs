@@ -246,6 +246,7 @@ impl Session {
     pub(super) fn report_gone(&self, why: &Gone) {
         let (conn, address, peer) = (self.conn.0, self.address, self.key);
         tracing::debug!(conn, %address, ?peer, self.dialled, %why, "a connection is over");
+        self.mailbox.close();
         if self.is_up() || self.dialled {
             let _ = self.report(Event::Gone { why: why.clone() });
         }
@@ -636,12 +637,13 @@ impl Session {
                 open.meta.proof = proof as usize;
                 self.report(Event::Opened { channel: number, size, manifest, proof })
             }
-            Frame::Meta(_, bytes) => match open.meta.take(bytes)? {
-                Some((manifest, proof)) => {
-                    self.report(Event::Meta { channel: number, manifest, proof })
+            Frame::Meta(_, bytes) => {
+                if !open.meta.take(bytes)? {
+                    return Ok(());
                 }
-                None => Ok(()),
-            },
+                let (manifest, proof) = open.meta.hand_over();
+                self.report(Event::Meta { channel: number, manifest, proof })
+            }
             Frame::Busy(_, mut pieces, wait_ms) => {
                 pieces.retain(|piece| open.answered(*piece));
                 if pieces.is_empty() {
@@ -735,20 +737,22 @@ impl Ours {
 }
 
 impl MetaIn {
-    /// Takes the next part; the whole, where this was the last.
-    fn take(&mut self, bytes: &[u8]) -> Result<Option<(Vec<u8>, Vec<u8>)>, Gone> {
+    /// Takes the next part; true where it was the last.
+    fn take(&mut self, bytes: &[u8]) -> Result<bool, Gone> {
         let whole = self.manifest + self.proof;
         if self.since.is_none() || bytes.is_empty() || self.bytes.len() + bytes.len() > whole {
             return Err(Gone::Protocol("it sends metadata nobody asked for"));
         }
         self.bytes.extend_from_slice(bytes);
         self.since = (self.bytes.len() < whole).then(clock::now);
-        if self.since.is_some() {
-            return Ok(None);
-        }
+        Ok(self.since.is_none())
+    }
+
+    /// Manifest and proof, once they are whole.
+    fn hand_over(&mut self) -> (Vec<u8>, Vec<u8>) {
         let mut manifest = std::mem::take(&mut self.bytes);
         let proof = manifest.split_off(self.manifest);
-        Ok(Some((manifest, proof)))
+        (manifest, proof)
     }
 }
 

@@ -259,7 +259,8 @@ fn goodbyes_arrive_with_their_reason() {
     dialled.tell(Command::Bye(Goodbye::Leaving, "the machine sleeps".to_owned()));
     assert_eq!(gone(&a), Gone::Ended);
     assert_eq!(gone(&b), Gone::Said(Goodbye::Leaving, "the machine sleeps".to_owned()));
-    assert_eq!(a.ctx.established.load(Ordering::Relaxed), 0);
+    dialled.tell(Command::Recheck);
+    assert!(dialled.0.0.letters().waiting.is_empty(), "what is told after the end is forgotten");
 }
 
 #[test]

@@ -30,6 +30,7 @@ use crate::render::{err, out, plain_lines};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    take_all_descriptors();
     let json = cli.common.json;
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -38,6 +39,14 @@ fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// A connection needs two descriptors, and the usual soft limit of 1,024 is meant for programs that
+/// use select(2). Where it cannot be raised, fewer connections are possible.
+fn take_all_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 fn run(cli: Cli) -> Result<()> {
