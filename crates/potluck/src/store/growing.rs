@@ -301,6 +301,8 @@ impl Growing {
             // (Linux 5.8 and later).
             rustix::fs::syncfs(&self.root()?)?;
         }
+        // A new file's name goes with it on common file systems; where it does not, the file is
+        // missing after a power cut and its pieces are not believed.
         batch.files.values().try_for_each(|file| file.sync_data())
     }
 
