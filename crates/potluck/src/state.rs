@@ -19,10 +19,25 @@ pub(crate) struct StateDir {
     path: PathBuf,
 }
 
-/// Keeps other processes out of a folder, until dropped.
-#[derive(Debug)]
-pub(crate) struct Lock {
-    _file: File,
+/// Takes the file `lock` of a folder, and so the folder, for as long as the file lives.
+///
+/// # Errors
+/// `Other` where another process has it.
+pub(crate) fn hold(dir: &Path) -> Result<File> {
+    let path = dir.join("lock");
+    let failed = |e: &std::io::Error| Error::io(format_args!("cannot lock {}", path.display()), e);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(&path).map_err(|e| failed(&e))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::AGAIN) => {
+            let what = format!("another potluck process is using {}", dir.display());
+            Err(Error::new(ErrorKind::Other, what)
+                .hint("stop it with potluck down, or give this one a folder of its own: --state DIR"))
+        }
+        Err(error) => Err(failed(&error.into())),
+    }
 }
 
 impl StateDir {
@@ -33,30 +48,6 @@ impl StateDir {
             Error::io(format_args!("cannot make the state folder {}", path.display()), &e)
         })?;
         Ok(Self { path })
-    }
-
-    /// Takes the folder for this process.
-    ///
-    /// # Errors
-    /// `Other` where another process has it.
-    pub(crate) fn lock(&self) -> Result<Lock> {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(self.path.join("lock"))
-            .map_err(|e| Error::io(format_args!("cannot lock {}", self.path.display()), &e))?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            Error::new(
-                ErrorKind::Other,
-                format!("another potluck process uses {}", self.path.display()),
-            )
-            .hint(
-                "stop it with potluck down, or give this one a folder of its own with --state DIR",
-            )
-        })?;
-        Ok(Lock { _file: file })
     }
 
     /// The folder.
