@@ -70,7 +70,8 @@ pub enum Output {
         /// A row without hosts is gone.
         rows: Vec<Row>,
     },
-    /// Changes were missed for good: list everything again.
+    /// The watch stands, for the first time or after changes were missed for good: list everything
+    /// (again). Changes that come before the list is whole are to be applied after it, in order.
     Relist,
     /// The index has a newer revocation list than it had before.
     RevocationsAt(u32),
@@ -386,7 +387,6 @@ impl Link {
         if rebooted && let Some(watch) = &mut self.watch {
             watch.sequence = None;
             watch.renew_at = now;
-            self.outputs.push_back(Output::Relist);
         }
         if head.revocations > self.revocations {
             self.revocations = head.revocations;
@@ -402,7 +402,9 @@ impl Link {
     /// Sends what is due.
     pub fn tick(&mut self, now: Moment) {
         self.tend_session(now);
-        self.give_up(|question| now.since(question.asked) >= PATIENCE || question.tries > MAX_TRIES);
+        self.give_up(|question| {
+            now.since(question.asked) >= PATIENCE || question.tries > MAX_TRIES
+        });
         if self.keys.is_some() {
             self.tend_held(now);
             self.tend_batches(now);
@@ -485,7 +487,8 @@ impl Link {
     fn question(&mut self, now: Moment, request: Request, purpose: Purpose) -> RequestId {
         let id = self.request_id();
         let wait = backoff(self.smoothed_rtt);
-        let question = Question { request, purpose, asked: now, sent: None, tries: 0, next: now, wait };
+        let question =
+            Question { request, purpose, asked: now, sent: None, tries: 0, next: now, wait };
         self.questions.insert(id, question);
         if self.keys.is_some() {
             self.send_due(now);
@@ -602,7 +605,9 @@ impl Link {
                 self.outputs.extend(ids.into_iter().map(Output::Withdrawn));
                 self.gather(now);
             }
-            (Purpose::Watch, Reply::Ack(Ack::Watching(watching))) => self.on_watching(now, watching),
+            (Purpose::Watch, Reply::Ack(Ack::Watching(watching))) => {
+                self.on_watching(now, watching)
+            }
             // An answer of another kind than asked for: as if none had come.
             (Purpose::Register(ids), Reply::Ack(_)) => self.say_again(ids),
             (Purpose::Watch, _) => {
@@ -651,9 +656,8 @@ impl Link {
     }
 
     fn batches(&self) -> usize {
-        let batch = |q: &&Question| {
-            matches!(q.purpose, Purpose::Register(_) | Purpose::Deregister(_))
-        };
+        let batch =
+            |q: &&Question| matches!(q.purpose, Purpose::Register(_) | Purpose::Deregister(_));
         self.questions.values().filter(batch).count()
     }
 
@@ -684,8 +688,13 @@ impl Link {
     /// Puts what waits into one more datagram; false where nothing waits that can go now.
     fn send_batch(&mut self, now: Moment) -> bool {
         let busy = self.under_way();
-        let gone: Vec<ContentId> =
-            self.gone.iter().filter(|id| !busy.contains(id)).take(Request::MAX_DEREGISTER).copied().collect();
+        let gone: Vec<ContentId> = self
+            .gone
+            .iter()
+            .filter(|id| !busy.contains(id))
+            .take(Request::MAX_DEREGISTER)
+            .copied()
+            .collect();
         if !gone.is_empty() {
             gone.iter().for_each(|id| {
                 self.gone.remove(id);
@@ -808,12 +817,12 @@ impl Link {
     fn on_watching(&mut self, now: Moment, watching: Watching) {
         let Some(watch) = &mut self.watch else { return };
         watch.asked = false;
-        watch.renew_at = now + WATCH_EVERY.min(Duration::from_secs(u64::from(watching.lease_s)) / 3);
-        if watching.missed {
-            self.outputs.push_back(Output::Relist);
-        }
+        watch.renew_at =
+            now + WATCH_EVERY.min(Duration::from_secs(u64::from(watching.lease_s)) / 3);
+        // Only now: what changes while the owner lists is told, so nothing falls between the two.
         if watching.missed || watch.sequence.is_none() {
             watch.sequence = Some(watching.sequence);
+            self.outputs.push_back(Output::Relist);
         }
     }
 
@@ -927,7 +936,10 @@ mod tests {
     }
 
     fn sent(link: &mut Link) -> Vec<Vec<u8>> {
-        outputs(link).into_iter().filter_map(|o| if let Output::Send(d) = o { Some(d) } else { None }).collect()
+        outputs(link)
+            .into_iter()
+            .filter_map(|o| if let Output::Send(d) = o { Some(d) } else { None })
+            .collect()
     }
 
     fn outputs(link: &mut Link) -> Vec<Output> {
@@ -1004,26 +1016,30 @@ mod tests {
         }
         now = now + GATHER;
         let (mut named, mut registered) = (0, 0);
-        let drive = |link: &mut Link, index: &mut Index, now, named: &mut usize, registered: &mut usize| {
-            let mut rounds = vec![];
-            loop {
-                link.tick(now);
-                let all = outputs(link);
-                *registered += all.iter().filter(|o| matches!(o, Output::Registered(_))).count();
-                let datagrams: Vec<_> =
-                    all.into_iter().filter_map(|o| if let Output::Send(d) = o { Some(d) } else { None }).collect();
-                if datagrams.is_empty() {
-                    return rounds;
+        let drive =
+            |link: &mut Link, index: &mut Index, now, named: &mut usize, registered: &mut usize| {
+                let mut rounds = vec![];
+                loop {
+                    link.tick(now);
+                    let all = outputs(link);
+                    *registered +=
+                        all.iter().filter(|o| matches!(o, Output::Registered(_))).count();
+                    let datagrams: Vec<_> = all
+                        .into_iter()
+                        .filter_map(|o| if let Output::Send(d) = o { Some(d) } else { None })
+                        .collect();
+                    if datagrams.is_empty() {
+                        return rounds;
+                    }
+                    for datagram in datagrams {
+                        let (_, id, request) = index.read(&datagram);
+                        let Request::Register(r) = request else { panic!("only R is expected") };
+                        *named += r.items.len();
+                        rounds.push((r.round, r.round_ends, r.digest));
+                        link.on_datagram(now, &mut index.registered(id, false));
+                    }
                 }
-                for datagram in datagrams {
-                    let (_, id, request) = index.read(&datagram);
-                    let Request::Register(r) = request else { panic!("only R is expected") };
-                    *named += r.items.len();
-                    rounds.push((r.round, r.round_ends, r.digest));
-                    link.on_datagram(now, &mut index.registered(id, false));
-                }
-            }
-        };
+            };
         drive(&mut link, &mut index, now, &mut named, &mut registered);
         assert_eq!((named, registered), (60, 60));
         // The next heartbeat carries the digest; the index says that its own differs.
