@@ -1,14 +1,49 @@
 //! Owns one content being fetched: which piece is asked of whom, patience, the endgame. Never sees
 //! a piece's bytes, and never talks to anyone: its owner carries out what [`Swarm::poll_output`] says.
 
-use std::collections::VecDeque;
+mod neighbour;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use crate::bitfield::Bitfield;
 use crate::dice::Dice;
+use crate::fault::Backoff;
 use crate::id::Piece;
 use crate::layout::Layout;
+use crate::pace::Pace;
+use crate::rarity::Rarity;
 use crate::time::{Duration, Moment};
+use crate::wire::stream::MAX_PIECES as MOST_IN_FRAME;
+use neighbour::Neighbour;
+
+/// All hosts together are asked ahead for this many pieces, or for what comes in [`AHEAD`] if that
+/// is more. More would bind pieces to hosts too early (see DESIGN.md).
+const LEAST_AHEAD_PIECES: u64 = 8;
+/// See [`LEAST_AHEAD_PIECES`].
+const AHEAD: Duration = Duration::from_millis(40);
+/// A host that let us wait too long is left alone for so long.
+const REST: Duration = Duration::from_secs(2);
+/// A host that let us wait so often in a row, without a piece between, is dropped.
+const MOST_STALLS: u8 = 3;
+/// The longest wait that a busy host may ask for.
+const MOST_BUSY: Duration = Duration::from_secs(5);
+/// A granting host that grants and sends nothing for so long is asked like any other.
+const GRANTS_LAPSE: Duration = Duration::from_secs(2);
+/// New pieces are announced together, so long after the first of them.
+const ANNOUNCE: Duration = Duration::from_millis(10);
+/// In the endgame it is looked again at who lags, so often.
+const ENDGAME: Duration = Duration::from_millis(20);
+/// After our disk failed, nothing is asked for so long.
+const DISK_REST: Duration = Duration::from_secs(1);
+/// With fewer hosts than this, more are looked for.
+const ENOUGH_HOSTS: usize = 8;
+/// Hosts are looked for after so long, then ever more slowly, at last so slowly.
+const LOOK: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
+/// A swarm in which nothing came for so long is said to be waiting.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// A neighbour: one connection, numbered by the owner. A number is not used again while anything of
 /// the old connection may still arrive.
@@ -108,58 +143,252 @@ pub struct Counts {
 }
 
 /// One content being fetched.
+///
+/// Invariant: every missing piece is either on offer, or asked of one host or (in the endgame) two.
 pub struct Swarm {
     layout: Arc<Layout>,
     have: Bitfield,
     dice: Dice,
+    hosts: BTreeMap<Host, Neighbour>,
+    /// The pieces on offer: missing, and asked of nobody. Copies: hosts that told us they hold one.
+    rarity: Rarity,
+    asked: BTreeMap<Piece, Askers>,
+    asked_bytes: u64,
+    pace: Pace,
+    /// New pieces not announced yet, and when they will be.
+    news: Vec<Piece>,
+    announce_at: Moment,
+    look_at: Moment,
+    look: Backoff,
+    endgame_at: Option<Moment>,
+    /// The latest moment we were told of.
+    seen: Moment,
+    paused: bool,
+    disk_rest: Moment,
     counts: Counts,
+    /// Asks of the call under way, a host at a time.
+    asks: BTreeMap<Host, Vec<Piece>>,
     outputs: VecDeque<Output>,
+}
+
+/// Whom a piece is asked of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Askers {
+    first: Host,
+    second: Option<Host>,
 }
 
 impl Swarm {
     /// Fetches what `have` lacks of a content cut like `layout`. `dice` seeds its choices among equals.
+    ///
+    /// `have` has as many pieces as `layout`. Where nothing is lacking, `Complete` comes at once.
     pub fn new(layout: Arc<Layout>, have: Bitfield, dice: u64) -> Self {
-        Self { layout, have, dice: Dice(dice), counts: Counts::default(), outputs: VecDeque::new() }
+        let mut rarity = Rarity::new(layout.pieces());
+        have.missing().for_each(|piece| rarity.offer(piece));
+        let mut outputs = VecDeque::new();
+        if have.is_full() {
+            outputs.push_back(Output::Complete);
+        }
+        Self {
+            layout,
+            have,
+            dice: Dice(dice),
+            hosts: BTreeMap::new(),
+            rarity,
+            asked: BTreeMap::new(),
+            asked_bytes: 0,
+            pace: Pace::default(),
+            news: Vec::new(),
+            announce_at: Moment::ZERO,
+            look_at: Moment::ZERO,
+            look: LOOK,
+            endgame_at: None,
+            seen: Moment::ZERO,
+            paused: false,
+            disk_rest: Moment::ZERO,
+            counts: Counts::default(),
+            asks: BTreeMap::new(),
+            outputs,
+        }
     }
 
     /// A host opened the content for us (`Opened` came). What it holds comes with [`Swarm::on_have`]
     /// or piece by piece with [`Swarm::on_granted`].
-    pub fn on_host(&mut self, now: Moment, host: Host) {}
+    pub fn on_host(&mut self, now: Moment, host: Host) {
+        self.forget(now, host);
+        self.hosts.insert(host, Neighbour::new(self.layout.pieces()));
+    }
 
     /// `Have`: all that this host holds; replaces what it said before, and ends its granting.
     /// A bitfield of another length is ignored.
-    pub fn on_have(&mut self, now: Moment, host: Host, have: &Bitfield) {}
+    pub fn on_have(&mut self, now: Moment, host: Host, have: &Bitfield) {
+        let Some(n) = self.hosts.get_mut(&host).filter(|_| have.len() == self.have.len()) else {
+            return;
+        };
+        n.grants = None;
+        let lost: Vec<Piece> = n.have.iter().filter(|p| !have.has(*p)).collect();
+        self.on_lost(now, host, &lost);
+        self.learn(host, have.iter());
+        self.fill(now);
+    }
 
     /// `HaveMore`.
-    pub fn on_have_more(&mut self, now: Moment, host: Host, pieces: &[Piece]) {}
+    pub fn on_have_more(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
+        self.learn(host, pieces.iter().copied());
+        self.fill(now);
+    }
 
     /// `Lost`.
-    pub fn on_lost(&mut self, now: Moment, host: Host, pieces: &[Piece]) {}
+    pub fn on_lost(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
+        for &piece in pieces {
+            let Some(n) = self.hosts.get_mut(&host) else { return };
+            if n.have.remove(piece) {
+                n.open.remove(piece);
+                self.rarity.lower(piece);
+                if n.take_back(now, piece) {
+                    self.release(now, host, piece);
+                }
+            }
+        }
+        self.fill(now);
+    }
 
-    /// `Grant`: this host, a seed, holds these for us. From now on it is asked for what it grants only.
-    pub fn on_granted(&mut self, now: Moment, host: Host, pieces: &[Piece]) {}
+    /// `Grant`: this host, a seed, holds these for us. Each is asked for, or declined (`Cancel`), at
+    /// once. From now on the host is asked for what it grants only.
+    pub fn on_granted(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
+        if !self.hosts.contains_key(&host) {
+            return;
+        }
+        self.learn(host, pieces.iter().copied());
+        let mut declined = Vec::new();
+        for &piece in pieces {
+            let may_ask = self.may_ask(now);
+            let endgame = self.is_endgame();
+            let Some(n) = self.hosts.get_mut(&host) else { return };
+            n.grants = Some(now);
+            let wanted = match self.asked.get(&piece) {
+                Some(askers) => endgame && askers.second.is_none() && askers.first != host,
+                None => piece.0 < self.layout.pieces() && self.rarity.is_offered(piece),
+            };
+            if wanted && may_ask && n.is_ready(now) {
+                self.ask(now, host, piece);
+            } else if piece.0 < self.layout.pieces() && !n.asked().any(|p| p == piece) {
+                declined.push(piece);
+            }
+        }
+        self.cancel(host, declined);
+        self.fill(now);
+    }
 
     /// `Busy`: not these, and nothing else for `wait`.
-    pub fn on_busy(&mut self, now: Moment, host: Host, pieces: &[Piece], wait: Duration) {}
+    pub fn on_busy(&mut self, now: Moment, host: Host, pieces: &[Piece], wait: Duration) {
+        let Some(n) = self.hosts.get_mut(&host) else { return };
+        n.busy = n.busy.max(now + wait.min(MOST_BUSY));
+        for &piece in pieces {
+            if self.hosts.get_mut(&host).is_some_and(|n| n.take_back(now, piece)) {
+                self.counts.busy += 1;
+                self.release(now, host, piece);
+            }
+        }
+        self.fill(now);
+    }
 
     /// A piece came from this host, asked for or not, connected still or not.
-    pub fn on_piece(&mut self, now: Moment, host: Host, piece: Piece, arrived: Arrived) {}
+    pub fn on_piece(&mut self, now: Moment, host: Host, piece: Piece, arrived: Arrived) {
+        let bytes = self.layout.len_of(piece);
+        if bytes == 0 {
+            return; // no such piece
+        }
+        let asked = self.hosts.get_mut(&host).is_some_and(|n| n.answered(now, piece, bytes));
+        self.pace.add(now, bytes);
+        match arrived {
+            Arrived::New | Arrived::Duplicate => {
+                if asked {
+                    self.asked_bytes -= u64::from(bytes);
+                }
+                self.hold(now, host, piece, bytes);
+            }
+            Arrived::Bad => {
+                self.counts.bad += 1;
+                if asked {
+                    self.release(now, host, piece);
+                }
+                if self.hosts.contains_key(&host) {
+                    self.forget(now, host);
+                    self.outputs.push_back(Output::Drop { host, why: Why::Poison });
+                }
+            }
+            Arrived::Failed => {
+                self.counts.failed += 1;
+                self.disk_rest = now + DISK_REST;
+                if asked {
+                    self.release(now, host, piece);
+                }
+            }
+        }
+        self.fill(now);
+    }
 
     /// The host closed the channel, or its connection is over.
-    pub fn on_gone(&mut self, now: Moment, host: Host) {}
+    pub fn on_gone(&mut self, now: Moment, host: Host) {
+        self.forget(now, host);
+        self.fill(now);
+    }
 
     /// A piece that was held is not any more (bit rot was found): it is fetched again.
-    pub fn on_rotten(&mut self, now: Moment, piece: Piece) {}
+    pub fn on_rotten(&mut self, now: Moment, piece: Piece) {
+        if self.have.remove(piece) {
+            self.news.retain(|p| *p != piece);
+            self.offer(piece);
+            self.look_at = self.look_at.min(now);
+            self.fill(now);
+        }
+    }
 
-    /// Time passed.
-    pub fn tick(&mut self, now: Moment) {}
+    /// Time passed. What came in meanwhile is best handed over before.
+    pub fn tick(&mut self, now: Moment) {
+        let late: Vec<Host> = self
+            .hosts
+            .iter()
+            .filter(|(_, n)| n.late_at().is_some_and(|at| at <= now))
+            .map(|(host, _)| *host)
+            .collect();
+        late.into_iter().for_each(|host| self.stall(now, host));
+        for n in self.hosts.values_mut() {
+            if n.grants.is_some_and(|at| at + GRANTS_LAPSE <= now) && n.asked().len() == 0 {
+                n.grants = None;
+            }
+        }
+        if !self.news.is_empty() && self.announce_at <= now {
+            self.announce();
+        }
+        if !self.have.is_full() && self.look_at <= now {
+            if self.hosts.len() < ENOUGH_HOSTS || self.unheld() > 0 {
+                self.outputs.push_back(Output::NeedHosts);
+            } else {
+                self.look = LOOK;
+            }
+            self.look_at = now + self.look.wait();
+        }
+        self.fill(now);
+    }
 
     /// Our disk is full: what was asked for is cancelled, nothing is asked for until
     /// [`Swarm::resume`]. What is under way may still come in.
-    pub fn pause(&mut self, now: Moment) {}
+    pub fn pause(&mut self, now: Moment) {
+        self.paused = true;
+        let hosts: Vec<Host> = self.hosts.keys().copied().collect();
+        for host in hosts {
+            let pieces = self.take_all_back(now, host);
+            self.cancel(host, pieces);
+        }
+    }
 
     /// There is room on the disk again.
-    pub fn resume(&mut self, now: Moment) {}
+    pub fn resume(&mut self, now: Moment) {
+        (self.paused, self.disk_rest) = (false, now);
+        self.fill(now);
+    }
 
     /// The next thing to do. Call until `None` after every other call.
     pub fn poll_output(&mut self) -> Option<Output> {
@@ -168,7 +397,18 @@ impl Swarm {
 
     /// When [`Swarm::tick`] is due.
     pub fn next_deadline(&self) -> Option<Moment> {
-        None
+        let announce = (!self.news.is_empty()).then_some(self.announce_at);
+        if self.have.is_full() {
+            return announce;
+        }
+        let wakes = self.hosts.values().flat_map(|n| {
+            let lapse = n.grants.map_or(Moment::ZERO, |at| at + GRANTS_LAPSE);
+            let ready = n.busy.max(n.rest).max(lapse).max(self.disk_rest);
+            // What lies behind was seen already: the host is ready and waits for room.
+            let wakes = ready > self.seen && !n.open.is_empty() && !self.paused;
+            [n.late_at(), wakes.then_some(ready)]
+        });
+        wakes.chain([announce, self.endgame_at, Some(self.look_at)]).flatten().min()
     }
 
     /// What we hold.
@@ -183,22 +423,58 @@ impl Swarm {
 
     /// Why nothing moves; `None` while something does, and when complete.
     pub fn waiting(&self, now: Moment) -> Option<Waiting> {
-        None
+        if self.have.is_full() {
+            return None;
+        }
+        if self.paused {
+            return Some(Waiting::Paused);
+        }
+        if self.hosts.is_empty() {
+            return Some(Waiting::NoHosts);
+        }
+        if !self.asked.is_empty() {
+            let quiet = |n: &Neighbour| n.waited(now).is_none_or(|waited| waited > QUIET);
+            return self.hosts.values().all(quiet).then_some(Waiting::Silent);
+        }
+        let useful = || self.hosts.values().filter(|n| !n.open.is_empty());
+        if useful().any(|n| n.rest > now) {
+            return Some(Waiting::Silent);
+        }
+        if let Some(first) = useful().map(|n| n.busy).min() {
+            return (first > now).then_some(Waiting::AllBusy(first));
+        }
+        let granted = self.hosts.values().filter_map(|n| n.grants).max();
+        match granted {
+            Some(at) => (now.since(at) > QUIET).then_some(Waiting::Silent),
+            None => Some(Waiting::Missing(self.unheld())),
+        }
     }
 
-    /// How many pieces are missing that no connected host holds.
+    /// How many pieces are missing that no connected host holds. A granting host may hold all.
     pub fn unheld(&self) -> u32 {
-        0
+        match self.hosts.values().any(|n| n.grants.is_some()) {
+            true => 0,
+            false => self.rarity.uncopied(),
+        }
     }
 
     /// Bytes a second that came in of late, from all hosts.
     pub fn rate(&self) -> u64 {
-        0
+        self.pace.rate()
     }
 
     /// What a host is to us just now, for people to read; `None` if it is not connected.
     pub fn view(&self, now: Moment, host: Host) -> Option<View> {
-        None
+        let n = self.hosts.get(&host)?;
+        Some(View {
+            held: n.have.count(),
+            grants: n.grants.is_some(),
+            asked: n.asked().len() as u32,
+            rate: n.rate(),
+            given: n.given,
+            busy: Some(n.busy).filter(|at| *at > now),
+            resting: Some(n.rest).filter(|at| *at > now),
+        })
     }
 
     /// What happened so far.
@@ -207,7 +483,287 @@ impl Swarm {
     }
 
     /// Panics when an invariant broke.
-    pub fn check(&self) {}
+    pub fn check(&self) {
+        let mut outstanding = BTreeMap::<Piece, Vec<Host>>::new();
+        let mut copies = vec![0u16; self.layout.pieces() as usize];
+        for (host, n) in &self.hosts {
+            n.check();
+            for piece in n.asked() {
+                assert!(n.have.has(piece), "{host:?} was asked for {piece:?}, which it has not");
+                outstanding.entry(piece).or_default().push(*host);
+            }
+            n.have.iter().for_each(|p| copies[p.0 as usize] += 1);
+            let open = n.have.iter().filter(|p| self.rarity.is_offered(*p)).count();
+            assert_eq!(open, n.open.count() as usize, "open pieces of {host:?}");
+        }
+        for piece in (0..self.layout.pieces()).map(Piece) {
+            assert_eq!(self.rarity.copies(piece), copies[piece.0 as usize], "copies of {piece:?}");
+            let states = [
+                self.have.has(piece),
+                self.rarity.is_offered(piece),
+                self.asked.contains_key(&piece),
+            ];
+            assert_eq!(
+                states.iter().filter(|s| **s).count(),
+                1,
+                "{piece:?}: held, on offer, asked: {states:?}"
+            );
+        }
+        let mut bytes = 0;
+        for (piece, askers) in &self.asked {
+            let mut hosts = vec![askers.first];
+            hosts.extend(askers.second);
+            hosts.sort_unstable();
+            assert_eq!(outstanding.remove(piece), Some(hosts.clone()), "askers of {piece:?}");
+            bytes += u64::from(self.layout.len_of(*piece)) * hosts.len() as u64;
+        }
+        assert!(outstanding.is_empty(), "asked and forgotten: {outstanding:?}");
+        assert_eq!(bytes, self.asked_bytes, "bytes asked for");
+        assert!(!self.paused || self.asked.is_empty(), "paused, yet pieces are asked for");
+        assert!(self.asks.is_empty(), "asks that were never said");
+    }
+
+    /// These are held by `host`, as it says.
+    fn learn(&mut self, host: Host, pieces: impl Iterator<Item = Piece>) {
+        let Some(n) = self.hosts.get_mut(&host) else { return };
+        for piece in pieces {
+            if n.have.insert(piece) {
+                self.rarity.raise(piece);
+                if self.rarity.is_offered(piece) {
+                    n.open.insert(piece);
+                }
+            }
+        }
+    }
+
+    /// `piece` is missing and asked of nobody.
+    fn offer(&mut self, piece: Piece) {
+        self.rarity.offer(piece);
+        for n in self.hosts.values_mut() {
+            if n.have.has(piece) {
+                n.open.insert(piece);
+            }
+        }
+    }
+
+    /// `piece` is held, or asked of somebody.
+    fn retract(&mut self, piece: Piece) {
+        if self.rarity.retract(piece) {
+            for n in self.hosts.values_mut() {
+                n.open.remove(piece);
+            }
+        }
+    }
+
+    fn ask(&mut self, now: Moment, host: Host, piece: Piece) {
+        let bytes = self.layout.len_of(piece);
+        self.retract(piece);
+        let Some(n) = self.hosts.get_mut(&host) else { return };
+        n.ask(now, piece, bytes);
+        self.asked_bytes += u64::from(bytes);
+        self.pace.start(now);
+        self.asked
+            .entry(piece)
+            .and_modify(|askers| askers.second = Some(host))
+            .or_insert(Askers { first: host, second: None });
+        self.asks.entry(host).or_default().push(piece);
+    }
+
+    /// `piece` is no longer asked of `host`, whose own book is settled; missing, it is on offer again
+    /// if it was asked of nobody else.
+    fn release(&mut self, now: Moment, host: Host, piece: Piece) {
+        let Some(askers) = self.asked.get_mut(&piece) else { return };
+        self.asked_bytes -= u64::from(self.layout.len_of(piece));
+        match (askers.first == host, askers.second) {
+            (true, Some(second)) => *askers = Askers { first: second, second: None },
+            (true, None) => {
+                self.asked.remove(&piece);
+                self.offer(piece);
+            }
+            (false, _) => askers.second = None,
+        }
+        if self.asked.is_empty() {
+            self.pace.stop(now);
+        }
+    }
+
+    /// `piece` is here.
+    fn hold(&mut self, now: Moment, host: Host, piece: Piece, bytes: u32) {
+        if !self.have.insert(piece) {
+            self.counts.duplicate_bytes += u64::from(bytes);
+            return;
+        }
+        self.counts.new += 1;
+        self.counts.new_bytes += u64::from(bytes);
+        if let Some(n) = self.hosts.get_mut(&host) {
+            n.given += u64::from(bytes);
+        }
+        self.retract(piece);
+        if let Some(askers) = self.asked.remove(&piece) {
+            for other in [Some(askers.first), askers.second].into_iter().flatten() {
+                if self.hosts.get_mut(&other).is_some_and(|n| n.take_back(now, piece)) {
+                    self.asked_bytes -= u64::from(bytes);
+                    self.cancel(other, vec![piece]);
+                }
+            }
+        }
+        if self.asked.is_empty() {
+            self.pace.stop(now);
+        }
+        if self.news.is_empty() {
+            self.announce_at = now + ANNOUNCE;
+        }
+        self.news.push(piece);
+        if self.have.is_full() {
+            self.announce();
+            self.outputs.push_back(Output::Complete);
+        } else if self.news.len() >= MOST_IN_FRAME {
+            self.announce();
+        }
+    }
+
+    fn announce(&mut self) {
+        self.outputs.push_back(Output::Announce(std::mem::take(&mut self.news)));
+    }
+
+    fn cancel(&mut self, host: Host, pieces: Vec<Piece>) {
+        if !pieces.is_empty() {
+            self.outputs.push_back(Output::Cancel { host, pieces });
+        }
+    }
+
+    fn take_all_back(&mut self, now: Moment, host: Host) -> Vec<Piece> {
+        let pieces = self.hosts.get_mut(&host).map_or_else(Vec::new, |n| n.take_all_back(now));
+        pieces.iter().for_each(|piece| self.release(now, host, *piece));
+        pieces
+    }
+
+    /// The host let us wait too long.
+    fn stall(&mut self, now: Moment, host: Host) {
+        self.counts.stalls += 1;
+        let pieces = self.take_all_back(now, host);
+        self.cancel(host, pieces);
+        let Some(n) = self.hosts.get_mut(&host) else { return };
+        n.rest = now + REST;
+        n.stalls += 1;
+        if n.stalls >= MOST_STALLS {
+            self.forget(now, host);
+            self.outputs.push_back(Output::Drop { host, why: Why::Silent });
+        }
+    }
+
+    /// The host is nothing to us any more.
+    fn forget(&mut self, now: Moment, host: Host) {
+        self.take_all_back(now, host);
+        if let Some(n) = self.hosts.remove(&host) {
+            n.have.iter().for_each(|piece| self.rarity.lower(piece));
+            self.look = LOOK;
+            self.look_at = self.look_at.min(now + self.look.wait());
+        }
+    }
+
+    fn may_ask(&self, now: Moment) -> bool {
+        !self.paused && self.disk_rest <= now && !self.have.is_full()
+    }
+
+    /// Asks for as much as there is room for, and says so.
+    fn fill(&mut self, now: Moment) {
+        self.seen = now;
+        if self.may_ask(now) {
+            while let Some(host) = self.freest(now) {
+                let Some(n) = self.hosts.get(&host) else { break };
+                let Some(piece) = self.rarity.rarest(&n.open, &mut self.dice) else { break };
+                self.ask(now, host, piece);
+            }
+            self.endgame_at = None;
+            if self.is_endgame() && !self.asked.is_empty() {
+                self.endgame(now);
+                self.endgame_at = Some(now + ENDGAME);
+            }
+        }
+        for (host, pieces) in std::mem::take(&mut self.asks) {
+            for some in pieces.chunks(MOST_IN_FRAME) {
+                self.outputs.push_back(Output::Ask { host, pieces: some.to_vec() });
+            }
+        }
+    }
+
+    /// The host that has most room for an ask, among those that have something on offer.
+    fn freest(&mut self, now: Moment) -> Option<Host> {
+        let piece_size = self.layout.piece_size();
+        let least = LEAST_AHEAD_PIECES * u64::from(piece_size);
+        let mut best: Option<(u64, Host)> = None;
+        let mut ties = 1;
+        for (host, n) in &self.hosts {
+            if n.open.is_empty() || n.grants.is_some() || !n.is_ready(now) {
+                continue;
+            }
+            let all = least.max(self.pace.within(AHEAD + n.quickest()));
+            let window = n.window(piece_size);
+            // A wide window is filled in steps, so that asks travel together.
+            let step = if self.asks.contains_key(host) { 0 } else { window / 8 };
+            let ahead = n.asked_bytes() + u64::from(piece_size).max(step);
+            if ahead > window || self.asked_bytes + u64::from(piece_size) > all {
+                continue;
+            }
+            let fullness = ahead * 1_024 / window;
+            let better = match best {
+                None => true,
+                Some((least, _)) if fullness == least => {
+                    ties += 1;
+                    self.dice.below(ties) == 0
+                }
+                Some((least, _)) => fullness < least,
+            };
+            if better {
+                ties = if best.is_some_and(|(f, _)| f == fullness) { ties } else { 1 };
+                best = Some((fullness, *host));
+            }
+        }
+        best.map(|(_, host)| host)
+    }
+
+    /// Whether nothing is left that anybody could be asked for first.
+    fn is_endgame(&self) -> bool {
+        self.rarity.offered() == self.unheld()
+    }
+
+    /// Asks idle hosts for what others are expected to bring later than they would.
+    fn endgame(&mut self, now: Moment) {
+        let piece_size = self.layout.piece_size();
+        let idle: Vec<Host> = self
+            .hosts
+            .iter()
+            .filter(|(_, n)| n.grants.is_none() && n.is_ready(now))
+            .filter(|(_, n)| n.asked_bytes() < u64::from(piece_size))
+            .map(|(host, _)| *host)
+            .collect();
+        if idle.is_empty() {
+            return;
+        }
+        let mut slowest: Vec<(Duration, Piece)> = self
+            .hosts
+            .values()
+            .flat_map(|n| n.expected(now).map(|(piece, wait)| (wait, piece)))
+            .filter(|(_, piece)| self.asked.get(piece).is_some_and(|a| a.second.is_none()))
+            .collect();
+        slowest.sort_unstable_by(|a, b| b.cmp(a));
+        for (wait, piece) in slowest {
+            let bytes = self.layout.len_of(piece);
+            let first = self.asked.get(&piece).map(|a| a.first);
+            let quickest = idle
+                .iter()
+                .filter(|host| Some(**host) != first)
+                .filter_map(|host| self.hosts.get(host).map(|n| (host, n)))
+                .filter(|(_, n)| n.have.has(piece) && n.asked_bytes() < 2 * u64::from(piece_size))
+                .map(|(host, n)| (n.expected_next(bytes), *host))
+                .min();
+            if let Some((_, host)) = quickest.filter(|(time, _)| *time < wait) {
+                self.counts.endgame += 1;
+                self.ask(now, host, piece);
+            }
+        }
+    }
 }
 
 /// What a host is to a swarm just now.

@@ -226,7 +226,10 @@ fn desk() -> Samples {
     let membership = Membership { network: index().network(), index: addresses };
     vec![
         ("good-ask-join", Ask::Join(join).encode()),
-        ("good-ask-session", Ask::Session { label: label(), revocations: 3 }.encode()),
+        (
+            "good-ask-session",
+            Ask::Session { label: label(), revocations: 3, certificate: None }.encode(),
+        ),
         ("good-ask-invite", Ask::Invite(terms).encode()),
         ("good-ask-members", Ask::Members.encode()),
         ("good-ask-remove-peer", Ask::Remove(Removal::Peer(machine().peer())).encode()),

@@ -53,7 +53,7 @@ impl Role {
 }
 
 /// Where the process of this state folder and role listens: `<state>/<role>/control.sock`, however
-/// long that is (see [`Address`]). It depends on nothing else, so that a process begun by a system
+/// long that is. It depends on nothing else, so that a process begun by a system
 /// service is found from any login.
 pub fn socket_path(state: &Path, role: Role) -> PathBuf {
     state.join(role.folder()).join("control.sock")

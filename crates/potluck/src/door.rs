@@ -43,7 +43,8 @@ impl Door {
         what: &'static str,
         serve: impl Fn(Arc<TcpStream>, SocketAddr, Pass) + Send + Sync + 'static,
     ) -> Result<Self> {
-        let cannot = |error: std::io::Error| Error::io(format_args!("cannot listen ({what})"), &error);
+        let cannot =
+            |error: std::io::Error| Error::io(format_args!("cannot listen ({what})"), &error);
         listener.set_nonblocking(true).map_err(cannot)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let stop = Arc::new(stop.map_err(|error| cannot(error.into()))?);

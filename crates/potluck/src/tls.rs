@@ -15,8 +15,8 @@ use rustls::server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
 use rustls::version::TLS13;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerMisbehaved,
-    ServerConfig, SignatureAlgorithm, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error,
+    PeerMisbehaved, ServerConfig, SignatureAlgorithm, SignatureScheme,
 };
 
 /// The protocol name (ALPN) between peers.
@@ -25,7 +25,8 @@ pub(crate) const PEERS: &[u8] = b"potluck/1";
 pub(crate) const DESK: &[u8] = b"potluck-desk/1";
 
 /// What a `SubjectPublicKeyInfo` of an Ed25519 key begins with (RFC 8410); 32 bytes of key follow.
-const SPKI_HEAD: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+const SPKI_HEAD: [u8; 12] =
+    [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 /// Whose key the other side must show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +44,8 @@ pub(crate) fn client(key: &MachineKey, expect: Expect, alpn: &[u8]) -> Result<Cl
     client_with(provider(), key, expect, alpn)
 }
 
-fn client_with(
+/// The same with other algorithms.
+pub(crate) fn client_with(
     provider: CryptoProvider,
     key: &MachineKey,
     expect: Expect,
@@ -65,7 +67,8 @@ pub(crate) fn server(key: &MachineKey, alpn: &[u8]) -> Result<ServerConfig, Erro
     server_with(provider(), key, alpn)
 }
 
-fn server_with(
+/// The same with other algorithms.
+pub(crate) fn server_with(
     provider: CryptoProvider,
     key: &MachineKey,
     alpn: &[u8],
@@ -99,7 +102,7 @@ pub(crate) fn is_wrong_key(error: &Error) -> bool {
 }
 
 /// AES-128-GCM first: on every machine with AES instructions it is the fastest of the three.
-fn provider() -> CryptoProvider {
+pub(crate) fn provider() -> CryptoProvider {
     use aws_lc_rs::{cipher_suite as suite, kx_group as group};
     CryptoProvider {
         cipher_suites: vec![

@@ -200,7 +200,7 @@ impl Catalog {
     ) -> Result<(Slot, Option<&NameRecord>), Refusal> {
         let shown = shown(name);
         let Some(&at) = self.by_name.get(name.as_str()) else {
-            return Err(not_found(format!("nothing is named {shown}: see what there is with ls")));
+            return Err(not_found(format!("nothing is named {shown}")));
         };
         let named = &self.named[at as usize];
         let newest = named.newest().map_or(Version(0), |record| record.version);

@@ -5,14 +5,23 @@
 //! | file | owns |
 //! |---|---|
 //! | `connection` | the thread: waiting, deadlines, who may come up |
-//! | `session` | an established connection: channels, what may be said on them, what is said next |
+//! | `session` | channels, and what may be said on them by whom and when |
+//! | `outbox` | what is said next, in an order that lets small things pass between large ones |
 //! | `gather` | a stream of bytes → frames and whole pieces |
 //! | `secure` | TLS records ↔ socket, in few large steps |
 
 mod connection;
 mod gather;
+mod outbox;
 mod secure;
 mod session;
+
+#[cfg(test)]
+mod exchange;
+#[cfg(test)]
+mod puppet;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::{SocketAddr, TcpListener};
@@ -225,6 +234,8 @@ struct Mailbox {
 struct Letters {
     waiting: VecDeque<Letter>,
     asleep: bool,
+    /// Nobody will read any more.
+    closed: bool,
 }
 
 enum Letter {
@@ -240,6 +251,9 @@ impl Mailbox {
 
     fn put(&self, letter: Letter) {
         let mut letters = self.letters();
+        if letters.closed {
+            return;
+        }
         letters.waiting.push_back(letter);
         if std::mem::take(&mut letters.asleep) {
             door::ring(&self.bell);
@@ -249,6 +263,13 @@ impl Mailbox {
     /// Takes all letters into `into` (empty before).
     fn take(&self, into: &mut VecDeque<Letter>) {
         std::mem::swap(&mut self.letters().waiting, into);
+    }
+
+    /// Takes nothing more.
+    fn close(&self) {
+        let mut letters = self.letters();
+        letters.closed = true;
+        letters.waiting.clear();
     }
 
     /// Marks the thread as asleep; false where there is mail and it must not sleep.
@@ -560,6 +581,9 @@ pub(crate) enum Gone {
     /// The other side said goodbye.
     #[error("it said goodbye: {1}")]
     Said(Goodbye, String),
+    /// This machine has as many connections as it may.
+    #[error("too many connections")]
+    Full,
     /// We were told to say goodbye, or nobody held the connection any more.
     #[error("it was ended from here")]
     Ended,
@@ -578,11 +602,12 @@ impl Gone {
     /// Whose fault it is, and so whether dialling again is worth it.
     pub(crate) const fn fault(&self) -> Fault {
         match self {
-            Self::Unreachable(_) | Self::TimedOut(_) | Self::Lost(_) => Fault::Weather,
-            Self::NotJoined | Self::Ended => Fault::Ours,
-            Self::OtherMachine | Self::Insecure(_) | Self::NotMember(_) | Self::Protocol(_) => {
-                Fault::Theirs
+            // Bits that flip on the way break TLS as well, so that alone is held against nobody.
+            Self::Unreachable(_) | Self::Insecure(_) | Self::TimedOut(_) | Self::Lost(_) => {
+                Fault::Weather
             }
+            Self::NotJoined | Self::Full | Self::Ended => Fault::Ours,
+            Self::OtherMachine | Self::NotMember(_) | Self::Protocol(_) => Fault::Theirs,
             Self::Said(goodbye, _) => match goodbye {
                 Goodbye::Done | Goodbye::Leaving | Goodbye::Full | Goodbye::TimedOut => {
                     Fault::Weather

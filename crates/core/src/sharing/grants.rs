@@ -1,0 +1,439 @@
+//! Owns what a seed lets whom take of one content: each piece once before any twice, and the rarest
+//! then. Never sends anything, and never refuses what is asked for outside of its grants.
+//!
+//! Readers that draw blindly take what others draw too, and the second copies of fresh pieces are
+//! exactly what a swarm is late by (see DESIGN.md). So a seed with several readers steers them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::bitfield::Bitfield;
+use crate::dice::Dice;
+use crate::id::{PeerId, Piece};
+use crate::layout::Layout;
+use crate::rarity::{PieceSet, Rarity};
+use crate::swarm::Host;
+use crate::time::{Duration, Moment};
+
+/// A reader has this many pieces granted and not sent (or its part of [`OPEN_AHEAD`]) …
+const OPEN_EACH: u64 = 2;
+/// … and all readers together this many (or what goes out in [`OPEN_AHEAD`], if that is more).
+const OPEN_ALL: u64 = 16;
+/// See [`OPEN_ALL`].
+const OPEN_AHEAD: Duration = Duration::from_millis(20);
+/// A reader of whose fresh pieces so many were not seen elsewhere yet gets no more of them …
+const UNSPREAD: u64 = 4;
+/// … or as many as are its part in this time: a piece needs as long to get about and be told of.
+const SPREAD_TIME: Duration = Duration::from_millis(50);
+/// A grant that is not taken in this time is withdrawn …
+const NOT_TAKEN: Duration = Duration::from_secs(1);
+/// … and its reader is granted nothing for so long.
+const REST: Duration = Duration::from_secs(2);
+/// A piece that is taken but not sent in this time (or in four times what all open grants should
+/// take) stops counting as granted: its reader does not read.
+const NOT_SENT: Duration = Duration::from_secs(2);
+/// A piece that was sent but not announced in this time may be granted again: a disk failed.
+const NOT_ANNOUNCED: Duration = Duration::from_secs(5);
+/// What a reader declined, or we withdrew, is not granted to it again for so long.
+const DECLINED: Duration = Duration::from_secs(2);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Granted,
+    Taken,
+    Sent,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Grant {
+    stage: Stage,
+    since: Moment,
+}
+
+/// A member that has the content open, over one connection or several.
+struct Reader {
+    hosts: Vec<Host>,
+    /// What it told us it holds.
+    have: Bitfield,
+    /// What may be granted to it: held by us, and neither held by it, nor granted, nor declined.
+    lacks: PieceSet,
+    /// Granted (or asked for without), and not announced by it yet.
+    grants: BTreeMap<Piece, Grant>,
+    /// Bytes of the grants that were not sent.
+    open: u64,
+    declined: BTreeMap<Piece, Moment>,
+    /// Bytes of its fresh pieces that nobody else announced.
+    unspread: u64,
+    rest: Moment,
+    /// When it was last granted something: who waits longest comes first.
+    last: Moment,
+}
+
+/// How fast we send, for the limits that grow with it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outflow {
+    /// Bytes a second; 0 while unknown.
+    pub(super) rate: u64,
+    /// Nothing is queued or being sent, whatever the content.
+    pub(super) idle: bool,
+}
+
+impl Outflow {
+    const fn within(&self, time: Duration) -> u64 {
+        self.rate / 1_000 * time.as_millis() as u64
+    }
+}
+
+/// What a seed grants of one content.
+pub(super) struct Grants {
+    layout: Arc<Layout>,
+    readers: BTreeMap<PeerId, Reader>,
+    /// On offer: what we hold. Copies: readers that hold a piece or were granted it.
+    rarity: Rarity,
+    /// Fresh pieces, sent, that were seen with this reader only.
+    unspread: BTreeMap<Piece, PeerId>,
+    /// Two readers or more lack something.
+    granting: bool,
+}
+
+impl Grants {
+    pub(super) fn new(layout: Arc<Layout>, have: &Bitfield) -> Self {
+        let mut rarity = Rarity::new(layout.pieces());
+        have.iter().for_each(|piece| rarity.offer(piece));
+        Self {
+            layout,
+            readers: BTreeMap::new(),
+            rarity,
+            unspread: BTreeMap::new(),
+            granting: false,
+        }
+    }
+
+    /// Whether several readers are steered; if not, a reader sees what we hold and helps itself.
+    pub(super) const fn are_on(&self) -> bool {
+        self.granting
+    }
+
+    pub(super) fn on_open(&mut self, host: Host, peer: PeerId) {
+        let pieces = self.layout.pieces();
+        let reader = self.readers.entry(peer).or_insert_with(|| {
+            let mut lacks = PieceSet::none(pieces);
+            let held = (0..pieces).map(Piece).filter(|p| self.rarity.is_offered(*p));
+            held.for_each(|piece| {
+                lacks.insert(piece);
+            });
+            Reader {
+                hosts: Vec::new(),
+                have: Bitfield::none(pieces),
+                lacks,
+                grants: BTreeMap::new(),
+                open: 0,
+                declined: BTreeMap::new(),
+                unspread: 0,
+                rest: Moment::ZERO,
+                last: Moment::ZERO,
+            }
+        });
+        reader.hosts.push(host);
+    }
+
+    pub(super) fn on_closed(&mut self, host: Host, peer: PeerId) {
+        let Some(reader) = self.readers.get_mut(&peer) else { return };
+        reader.hosts.retain(|h| *h != host);
+        if !reader.hosts.is_empty() {
+            return;
+        }
+        if let Some(reader) = self.readers.remove(&peer) {
+            let pieces = reader.have.iter().chain(reader.grants.keys().copied());
+            pieces.for_each(|piece| self.rarity.lower(piece));
+            self.unspread.retain(|_, whose| *whose != peer);
+        }
+    }
+
+    /// The reader holds exactly these.
+    pub(super) fn on_have(&mut self, peer: PeerId, have: &Bitfield) {
+        let Some(reader) = self.readers.get(&peer).filter(|r| r.have.len() == have.len()) else {
+            return;
+        };
+        let lost: Vec<Piece> = reader.have.iter().filter(|p| !have.has(*p)).collect();
+        self.on_their_lost(peer, &lost);
+        have.iter().for_each(|piece| self.on_announced(peer, piece));
+    }
+
+    /// The reader holds this, too.
+    pub(super) fn on_announced(&mut self, peer: PeerId, piece: Piece) {
+        let Some(reader) = self.readers.get_mut(&peer) else { return };
+        if !reader.have.insert(piece) {
+            return;
+        }
+        reader.lacks.remove(piece);
+        reader.declined.remove(&piece);
+        match reader.grants.remove(&piece) {
+            Some(grant) if grant.stage != Stage::Sent => {
+                reader.open -= u64::from(self.layout.len_of(piece));
+            }
+            Some(_) => {}
+            None => self.rarity.raise(piece),
+        }
+        if self.unspread.get(&piece).is_some_and(|whose| *whose != peer) {
+            self.is_spread(piece);
+        }
+    }
+
+    pub(super) fn on_their_lost(&mut self, peer: PeerId, pieces: &[Piece]) {
+        for &piece in pieces {
+            let Some(reader) = self.readers.get_mut(&peer) else { return };
+            if reader.have.remove(piece) {
+                self.rarity.lower(piece);
+                if self.rarity.is_offered(piece) {
+                    reader.lacks.insert(piece);
+                }
+                if self.unspread.get(&piece) == Some(&peer) {
+                    self.is_spread(piece);
+                }
+            }
+        }
+    }
+
+    /// We hold this again.
+    pub(super) fn on_held(&mut self, piece: Piece) {
+        self.rarity.offer(piece);
+        for reader in self.readers.values_mut() {
+            let spoken = reader.have.has(piece)
+                || reader.grants.contains_key(&piece)
+                || reader.declined.contains_key(&piece);
+            if !spoken {
+                reader.lacks.insert(piece);
+            }
+        }
+    }
+
+    /// We hold this no longer.
+    pub(super) fn on_lost(&mut self, piece: Piece) {
+        self.rarity.retract(piece);
+        for reader in self.readers.values_mut() {
+            reader.lacks.remove(piece);
+            reader.declined.remove(&piece);
+            if let Some(grant) = reader.grants.remove(&piece) {
+                self.rarity.lower(piece);
+                if grant.stage != Stage::Sent {
+                    reader.open -= u64::from(self.layout.len_of(piece));
+                }
+            }
+        }
+        self.is_spread(piece);
+    }
+
+    /// Whether the reader was granted this and did not have it sent yet.
+    pub(super) fn is_open(&self, peer: PeerId, piece: Piece) -> bool {
+        let grant = self.readers.get(&peer).and_then(|r| r.grants.get(&piece));
+        grant.is_some_and(|g| g.stage != Stage::Sent)
+    }
+
+    /// The reader asked for this and gets it: that counts as a grant where none was given.
+    pub(super) fn on_taken(&mut self, now: Moment, peer: PeerId, piece: Piece) {
+        self.advance(now, peer, piece, Stage::Taken);
+    }
+
+    /// It was sent.
+    pub(super) fn on_sent(&mut self, now: Moment, peer: PeerId, piece: Piece) {
+        self.advance(now, peer, piece, Stage::Sent);
+        if self.rarity.copies(piece) == 1
+            && let Some(reader) = self.readers.get_mut(&peer)
+            && self.unspread.insert(piece, peer).is_none()
+        {
+            reader.unspread += u64::from(self.layout.len_of(piece));
+        }
+    }
+
+    fn advance(&mut self, now: Moment, peer: PeerId, piece: Piece, stage: Stage) {
+        let bytes = u64::from(self.layout.len_of(piece));
+        let Some(reader) = self.readers.get_mut(&peer).filter(|r| !r.have.has(piece)) else {
+            return;
+        };
+        reader.lacks.remove(piece);
+        reader.declined.remove(&piece);
+        match reader.grants.insert(piece, Grant { stage, since: now }) {
+            Some(before) if before.stage != Stage::Sent => reader.open -= bytes,
+            Some(_) => {}
+            None => self.rarity.raise(piece),
+        }
+        if stage != Stage::Sent {
+            reader.open += bytes;
+        }
+    }
+
+    /// The reader does not want this of us just now, or will not get it.
+    pub(super) fn on_declined(&mut self, now: Moment, peer: PeerId, piece: Piece) {
+        let Some(reader) = self.readers.get_mut(&peer) else { return };
+        if let Some(grant) = reader.grants.remove(&piece) {
+            self.rarity.lower(piece);
+            if grant.stage != Stage::Sent {
+                reader.open -= u64::from(self.layout.len_of(piece));
+            }
+            reader.declined.insert(piece, now);
+        }
+    }
+
+    /// Somebody else has it, or nobody: either way its first reader is not to be waited for.
+    fn is_spread(&mut self, piece: Piece) {
+        if let Some(whose) = self.unspread.remove(&piece)
+            && let Some(reader) = self.readers.get_mut(&whose)
+        {
+            reader.unspread -= u64::from(self.layout.len_of(piece));
+        }
+    }
+
+    /// Sees whether readers are to be steered; returns the hosts that are to see what we hold since
+    /// they no longer are.
+    pub(super) fn settle(&mut self) -> Vec<Host> {
+        let ours = self.rarity.offered();
+        let lacking = self.readers.values().filter(|r| r.have.count() < ours).count();
+        let was = std::mem::replace(&mut self.granting, lacking >= 2);
+        match was && !self.granting {
+            true => self.readers.values().flat_map(|r| r.hosts.iter().copied()).collect(),
+            false => Vec::new(),
+        }
+    }
+
+    /// Grants as much as the limits let it, and says what to whom.
+    pub(super) fn grant(
+        &mut self,
+        now: Moment,
+        outflow: Outflow,
+        dice: &mut Dice,
+    ) -> BTreeMap<Host, Vec<Piece>> {
+        let mut grants = BTreeMap::<Host, Vec<Piece>>::new();
+        if !self.granting {
+            return grants;
+        }
+        let size = u64::from(self.layout.piece_size());
+        let all = (OPEN_ALL * size).max(outflow.within(OPEN_AHEAD));
+        let mut open: u64 = self.readers.values().map(|r| r.open).sum();
+        while open + size <= all {
+            let idle = outflow.idle && open == 0;
+            let Some(peer) = self.next_reader(now, outflow, idle, &grants) else { break };
+            let Some(reader) = self.readers.get_mut(&peer) else { break };
+            let Some(piece) = self.rarity.rarest(&reader.lacks, dice) else { break };
+            reader.lacks.remove(piece);
+            reader.grants.insert(piece, Grant { stage: Stage::Granted, since: now });
+            reader.last = now;
+            let bytes = u64::from(self.layout.len_of(piece));
+            reader.open += bytes;
+            open += bytes;
+            self.rarity.raise(piece);
+            // Several connections to one member are there to be used together.
+            let host = reader.hosts[dice.below(reader.hosts.len() as u64) as usize];
+            grants.entry(host).or_default().push(piece);
+        }
+        grants
+    }
+
+    /// Who is to be granted something next. With nothing else to do, also one that does not pass
+    /// things on: perhaps nobody can reach it but us.
+    fn next_reader(
+        &self,
+        now: Moment,
+        outflow: Outflow,
+        idle: bool,
+        grants: &BTreeMap<Host, Vec<Piece>>,
+    ) -> Option<PeerId> {
+        let size = u64::from(self.layout.piece_size());
+        let part = Outflow { rate: outflow.rate / self.readers.len().max(1) as u64, ..outflow };
+        let each = (OPEN_EACH * size).max(part.within(OPEN_AHEAD));
+        let unspread = (UNSPREAD * size).max(part.within(SPREAD_TIME));
+        let fits = |reader: &&Reader| {
+            // A wide window is filled in steps, so that grants travel together.
+            let begun = reader.hosts.iter().any(|host| grants.contains_key(host));
+            let step = if begun { 0 } else { each / 8 };
+            !reader.lacks.is_empty()
+                && reader.rest <= now
+                && reader.open + size.max(step) <= each
+                && (reader.unspread < unspread || idle)
+        };
+        self.readers
+            .iter()
+            .filter(|(_, reader)| fits(reader))
+            .min_by_key(|(_, r)| (idle.then_some(r.unspread), r.open, r.last))
+            .map(|(peer, _)| *peer)
+    }
+
+    /// Withdraws what was not taken, forgets what was not announced, offers again what was declined.
+    pub(super) fn tick(&mut self, now: Moment, outflow: Outflow) {
+        let open: u64 = self.readers.values().map(|r| r.open).sum();
+        let sending = open.saturating_mul(1_000).checked_div(outflow.rate).unwrap_or(0);
+        let not_sent = NOT_SENT.max(Duration::from_millis(4 * sending));
+        let late = |grant: &Grant| {
+            now.since(grant.since)
+                >= match grant.stage {
+                    Stage::Granted => NOT_TAKEN,
+                    Stage::Taken => not_sent,
+                    Stage::Sent => NOT_ANNOUNCED,
+                }
+        };
+        let peers: Vec<PeerId> = self.readers.keys().copied().collect();
+        for peer in peers {
+            let Some(reader) = self.readers.get_mut(&peer) else { continue };
+            let again: Vec<Piece> = reader
+                .declined
+                .iter()
+                .filter(|(_, since)| now.since(**since) >= DECLINED)
+                .map(|(piece, _)| *piece)
+                .collect();
+            for piece in again {
+                reader.declined.remove(&piece);
+                if self.rarity.is_offered(piece) {
+                    reader.lacks.insert(piece);
+                }
+            }
+            let lapsed: Vec<(Piece, Stage)> = reader
+                .grants
+                .iter()
+                .filter(|(_, grant)| late(grant))
+                .map(|(piece, grant)| (*piece, grant.stage))
+                .collect();
+            if lapsed.iter().any(|(_, stage)| *stage == Stage::Granted) {
+                reader.rest = now + REST;
+            }
+            lapsed.iter().for_each(|(piece, _)| self.on_declined(now, peer, *piece));
+        }
+    }
+
+    /// Whether time will change anything: [`Grants::tick`] is needed now and then.
+    pub(super) fn needs_ticks(&self) -> bool {
+        let waits = |r: &Reader| !r.grants.is_empty() || !r.declined.is_empty();
+        self.readers.values().any(|r| waits(r) || (self.granting && !r.lacks.is_empty()))
+    }
+
+    pub(super) fn check(&self) {
+        let mut copies = vec![0u16; self.layout.pieces() as usize];
+        let mut unspread = BTreeMap::<PeerId, u64>::new();
+        for (piece, peer) in &self.unspread {
+            *unspread.entry(*peer).or_default() += u64::from(self.layout.len_of(*piece));
+        }
+        for (peer, reader) in &self.readers {
+            assert!(!reader.hosts.is_empty(), "{peer:?} reads over no connection");
+            let mut open = 0;
+            for (piece, grant) in &reader.grants {
+                assert!(!reader.have.has(*piece), "{piece:?} is granted to {peer:?}, which has it");
+                if grant.stage != Stage::Sent {
+                    open += u64::from(self.layout.len_of(*piece));
+                }
+            }
+            assert_eq!(open, reader.open, "bytes granted to {peer:?}");
+            assert_eq!(unspread.remove(peer).unwrap_or(0), reader.unspread, "unspread of {peer:?}");
+            for piece in (0..self.layout.pieces()).map(Piece) {
+                let counted = reader.have.has(piece) || reader.grants.contains_key(&piece);
+                copies[piece.0 as usize] += u16::from(counted);
+                let lacks = self.rarity.is_offered(piece)
+                    && !counted
+                    && !reader.declined.contains_key(&piece);
+                assert_eq!(lacks, reader.lacks.has(piece), "{peer:?} lacks {piece:?}");
+            }
+        }
+        assert!(unspread.is_empty(), "unspread pieces of readers that are gone");
+        for piece in (0..self.layout.pieces()).map(Piece) {
+            assert_eq!(copies[piece.0 as usize], self.rarity.copies(piece), "copies of {piece:?}");
+        }
+    }
+}

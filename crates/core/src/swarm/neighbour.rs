@@ -1,0 +1,222 @@
+//! Owns what one host is to a swarm: what it holds, what it was asked for in which order, how fast
+//! it answers and how long to wait for it. Never decides which piece to ask for.
+
+use std::collections::VecDeque;
+
+use crate::bitfield::Bitfield;
+use crate::id::Piece;
+use crate::pace::Pace;
+use crate::rarity::PieceSet;
+use crate::time::{Duration, Moment};
+
+/// A host is asked ahead for as much as it sends in this time, besides its quickest answer: enough
+/// to bridge a busy moment of either side, little enough to ask elsewhere when things change.
+const AHEAD: Duration = Duration::from_millis(25);
+/// … and always for this many pieces: one on its way, one to follow.
+const LEAST_PIECES: u64 = 2;
+/// … and never for more bytes than this.
+const MOST_BYTES: u64 = 64 << 20;
+/// … nor for more pieces: they may be tiny.
+const MOST_PIECES: usize = 2_048;
+/// An answer is late after so many usual ones …
+const PATIENCE: u32 = 4;
+/// … and not before this, whatever is usual: a busy machine pauses that long.
+const LEAST_PATIENCE: Duration = Duration::from_millis(300);
+/// … nor is it waited for longer than this.
+const MOST_PATIENCE: Duration = Duration::from_secs(30);
+/// What a first answer may take, besides the piece's bytes at [`FIRST_RATE`].
+const FIRST_PATIENCE: Duration = Duration::from_secs(1);
+/// Bytes a second that are expected of a host that was never measured.
+const FIRST_RATE: u64 = 1 << 20;
+
+struct Asked {
+    piece: Piece,
+    bytes: u32,
+    at: Moment,
+}
+
+/// One host of a content.
+pub(super) struct Neighbour {
+    /// All it told us it holds.
+    pub(super) have: Bitfield,
+    /// Of these, what is missing here and asked of nobody.
+    pub(super) open: PieceSet,
+    /// It grants, and is asked for nothing else; since then nothing was granted or sent.
+    pub(super) grants: Option<Moment>,
+    /// It is not asked before: it said so, …
+    pub(super) busy: Moment,
+    /// … or let us wait too long.
+    pub(super) rest: Moment,
+    /// How often in a row it let us wait too long.
+    pub(super) stalls: u8,
+    /// Bytes it sent that were new.
+    pub(super) given: u64,
+    /// What it was asked for, in that order, which is the order it answers in.
+    asked: VecDeque<Asked>,
+    asked_bytes: u64,
+    /// The first of `asked` has had the host to itself since then.
+    turn: Moment,
+    /// What was taken back from it may still come: since when it was waited for.
+    late: Option<Moment>,
+    usual: Option<Duration>,
+    quickest: Option<Duration>,
+    pace: Pace,
+}
+
+impl Neighbour {
+    pub(super) fn new(pieces: u32) -> Self {
+        Self {
+            have: Bitfield::none(pieces),
+            open: PieceSet::none(pieces),
+            grants: None,
+            busy: Moment::ZERO,
+            rest: Moment::ZERO,
+            stalls: 0,
+            given: 0,
+            asked: VecDeque::new(),
+            asked_bytes: 0,
+            turn: Moment::ZERO,
+            late: None,
+            usual: None,
+            quickest: None,
+            pace: Pace::default(),
+        }
+    }
+
+    /// Pieces asked for, in service order.
+    pub(super) fn asked(&self) -> impl ExactSizeIterator<Item = Piece> + '_ {
+        self.asked.iter().map(|a| a.piece)
+    }
+
+    pub(super) const fn asked_bytes(&self) -> u64 {
+        self.asked_bytes
+    }
+
+    pub(super) const fn rate(&self) -> u64 {
+        self.pace.rate()
+    }
+
+    /// The shortest time an answer ever took; zero while unknown.
+    pub(super) fn quickest(&self) -> Duration {
+        self.quickest.unwrap_or_default()
+    }
+
+    /// Whether it may be asked for anything now.
+    pub(super) fn is_ready(&self, now: Moment) -> bool {
+        self.busy <= now && self.rest <= now && self.asked.len() < MOST_PIECES
+    }
+
+    /// How many bytes to have outstanding here.
+    pub(super) fn window(&self, piece_size: u32) -> u64 {
+        (LEAST_PIECES * u64::from(piece_size))
+            .max(self.pace.within(AHEAD + self.quickest()).min(MOST_BYTES))
+    }
+
+    /// Notes that `piece` is asked for now.
+    pub(super) fn ask(&mut self, now: Moment, piece: Piece, bytes: u32) {
+        if self.asked.is_empty() {
+            self.turn = now;
+            self.pace.start(now);
+        }
+        self.asked.push_back(Asked { piece, bytes, at: now });
+        self.asked_bytes += u64::from(bytes);
+    }
+
+    /// A piece came. True if it had been asked for (and not taken back).
+    pub(super) fn answered(&mut self, now: Moment, piece: Piece, bytes: u32) -> bool {
+        let found = self.asked.iter().position(|a| a.piece == piece);
+        let since = match found.and_then(|at| self.asked.remove(at)) {
+            Some(asked) => {
+                self.asked_bytes -= u64::from(asked.bytes);
+                let took = now.since(asked.at);
+                self.quickest = Some(self.quickest.map_or(took, |q| q.min(took)));
+                Some(self.turn)
+            }
+            None => self.late.take(),
+        };
+        if let Some(since) = since {
+            let took = now.since(since);
+            self.usual = Some(self.usual.map_or(took, |usual| (usual * 7 + took) / 8));
+        }
+        self.stalls = 0;
+        self.turn = now;
+        self.grants = self.grants.map(|_| now);
+        self.pace.add(now, bytes);
+        if self.asked.is_empty() {
+            self.pace.stop(now);
+        }
+        found.is_some()
+    }
+
+    /// Takes one ask back. True if it had been asked for.
+    pub(super) fn take_back(&mut self, now: Moment, piece: Piece) -> bool {
+        let Some(at) = self.asked.iter().position(|a| a.piece == piece) else { return false };
+        if let Some(asked) = self.asked.remove(at) {
+            self.asked_bytes -= u64::from(asked.bytes);
+        }
+        if at == 0 {
+            self.turn = now;
+        }
+        if self.asked.is_empty() {
+            self.pace.stop(now);
+        }
+        true
+    }
+
+    /// Takes all asks back, in order.
+    pub(super) fn take_all_back(&mut self, now: Moment) -> Vec<Piece> {
+        if !self.asked.is_empty() {
+            self.late.get_or_insert(self.turn);
+        }
+        self.asked_bytes = 0;
+        self.pace.stop(now);
+        self.asked.drain(..).map(|a| a.piece).collect()
+    }
+
+    /// When the answer that is due will be late; `None` if none is due.
+    pub(super) fn late_at(&self) -> Option<Moment> {
+        let first = self.asked.front()?;
+        let patience = match self.usual {
+            Some(usual) => (usual * PATIENCE).clamp(LEAST_PATIENCE, MOST_PATIENCE),
+            None => {
+                FIRST_PATIENCE + Duration::from_millis(u64::from(first.bytes) * 1_000 / FIRST_RATE)
+            }
+        };
+        Some(self.turn + patience)
+    }
+
+    /// How long the answer that is due has been waited for.
+    pub(super) fn waited(&self, now: Moment) -> Option<Duration> {
+        (!self.asked.is_empty()).then(|| now.since(self.turn))
+    }
+
+    /// When each asked piece may be expected, from now on.
+    pub(super) fn expected(&self, now: Moment) -> impl Iterator<Item = (Piece, Duration)> + '_ {
+        let mut ahead = 0u64;
+        self.asked.iter().map(move |a| {
+            ahead += u64::from(a.bytes);
+            // The first may be half here; but an answer long waited for is not about to come.
+            (a.piece, self.time_for(ahead).max(now.since(self.turn)))
+        })
+    }
+
+    /// How long a further piece of `bytes` would take to come.
+    pub(super) fn expected_next(&self, bytes: u32) -> Duration {
+        self.time_for(self.asked_bytes + u64::from(bytes))
+    }
+
+    fn time_for(&self, bytes: u64) -> Duration {
+        let unknown = Duration::from_micros(bytes.saturating_mul(1_000_000) / FIRST_RATE);
+        self.pace.time_for(bytes).unwrap_or(unknown)
+    }
+
+    pub(super) fn check(&self) {
+        let bytes: u64 = self.asked.iter().map(|a| u64::from(a.bytes)).sum();
+        assert_eq!(bytes, self.asked_bytes, "bytes asked for");
+        assert!(self.asked.len() <= MOST_PIECES, "asked for {} pieces", self.asked.len());
+        assert!(
+            self.asked.len() <= 1 || bytes <= MOST_BYTES + (8 << 20),
+            "asked for {bytes} bytes"
+        );
+    }
+}

@@ -1,0 +1,597 @@
+//! Owns a content as it lies on this disk: whole and shared in place, or growing while it is fetched;
+//! which pieces are held; reading and writing them. Never writes to a file that is shared in place.
+//!
+//! Locks are taken in this order: `state`, then what [`Growing`] has, then `have`.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use potluck_core::bitfield::Bitfield;
+use potluck_core::id::{ContentId, Piece};
+use potluck_core::layout::Layout;
+use potluck_core::time::WallTime;
+
+use super::Shared;
+use super::content::Content;
+use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder};
+use super::growing::{At, Growing, stamps};
+use super::hashing::{Progress, in_parallel};
+use super::ledger::Entry;
+use crate::clock;
+use crate::error::{Error, ErrorKind, Result};
+
+/// What happened to a piece that was handed to [`Replica::put`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Put {
+    /// It is here now.
+    New,
+    /// It was here already; the bytes were not looked at.
+    Duplicate,
+}
+
+/// Why a piece was not stored.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PutError {
+    /// The bytes are not this piece: whoever sent them lies or is broken.
+    #[error("the bytes are not those of the piece")]
+    BadPiece,
+    /// This disk failed or is full.
+    #[error(transparent)]
+    Disk(Error),
+}
+
+/// Why a piece cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ReadError {
+    /// It is not here.
+    #[error("the piece is not here")]
+    NotHeld,
+    /// The file is not what it was when it was shared.
+    #[error("the file was changed since it was shared")]
+    Changed,
+    /// This disk failed.
+    #[error(transparent)]
+    Disk(Error),
+}
+
+/// A content on this disk: whole and shared in place, or growing while it is fetched.
+pub(crate) struct Replica {
+    content: Arc<Content>,
+    shared: Arc<Shared>,
+    /// Of two replicas at one path the later has the higher one; also names its open files.
+    serial: u64,
+    have: Mutex<Bitfield>,
+    state: RwLock<State>,
+    /// One at a time finishes.
+    finishing: Mutex<()>,
+    /// The last flush failed: said once, until one succeeds.
+    flush_failed: AtomicBool,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    Whole(Arc<Whole>),
+    Growing(Arc<Growing>),
+    /// No longer shared or fetched; where it was.
+    Forgotten(PathBuf),
+}
+
+/// Where a whole content lies and what its files looked like when they were hashed.
+#[derive(Clone, Debug)]
+pub(super) struct Whole {
+    pub(super) path: PathBuf,
+    /// One a file of the layout.
+    pub(super) stamps: Vec<Stamp>,
+    /// When hashing began.
+    pub(super) hashed: WallTime,
+}
+
+impl Replica {
+    /// The content's id.
+    pub(crate) fn id(&self) -> ContentId {
+        self.content.id
+    }
+
+    /// How it is cut into pieces.
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.content.layout
+    }
+
+    /// Bytes in all.
+    pub(crate) fn size(&self) -> u64 {
+        self.content.layout.total()
+    }
+
+    /// Where it is, or will be once it is whole.
+    pub(crate) fn path(&self) -> PathBuf {
+        match &*self.state() {
+            State::Whole(whole) => whole.path.clone(),
+            State::Growing(growing) => growing.at().target,
+            State::Forgotten(path) => path.clone(),
+        }
+    }
+
+    /// The pieces held.
+    pub(crate) fn have(&self) -> Bitfield {
+        lock(&self.have).clone()
+    }
+
+    /// Whether every piece is held. What was fetched still wants [`Replica::finish`].
+    pub(crate) fn is_complete(&self) -> bool {
+        lock(&self.have).is_full()
+    }
+
+    /// Whether it is being fetched: it has no final name yet.
+    pub(crate) fn is_growing(&self) -> bool {
+        matches!(*self.state(), State::Growing(_))
+    }
+
+    /// The manifest as sent; empty for a file.
+    pub(crate) fn manifest(&self) -> &[u8] {
+        &self.content.manifest
+    }
+
+    /// The proof as sent: 32 bytes a piece of each file with more than one.
+    pub(crate) fn proof(&self) -> Vec<u8> {
+        self.content.proof.encode(&self.content.layout)
+    }
+
+    /// Appends the bytes of `piece` to `buf`; nothing is appended where it fails.
+    pub(crate) fn read(&self, piece: Piece, buf: &mut Vec<u8>) -> Result<(), ReadError> {
+        if !lock(&self.have).has(piece) {
+            return Err(ReadError::NotHeld);
+        }
+        match &*self.state() {
+            State::Whole(whole) => self.read_whole(whole, piece, buf),
+            State::Growing(growing) => growing.read(piece, buf).map_err(|e| match e.kind() {
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound => ReadError::Changed,
+                _ => ReadError::Disk(Error::io(cannot("read", &growing.at().part), &e)),
+            }),
+            State::Forgotten(_) => Err(ReadError::NotHeld),
+        }
+    }
+
+    fn read_whole(&self, whole: &Whole, piece: Piece, buf: &mut Vec<u8>) -> Result<(), ReadError> {
+        let place = self.content.layout.place(piece).ok_or(ReadError::NotHeld)?;
+        let begin = buf.len();
+        let stamp = self.open_whole(whole, place.file).and_then(|file| {
+            buf.resize(begin + place.len as usize, 0);
+            file.read_exact_at(&mut buf[begin..], place.offset)?;
+            // After the read, not before: whatever was read of a change had changed the times first.
+            Ok(Stamp::of(&file.metadata()?))
+        });
+        let result = match stamp {
+            Ok(stamp) if stamp == whole.stamps[place.file as usize] => return Ok(()),
+            Ok(_) => ReadError::Changed,
+            Err(error) if is_gone(&error) => ReadError::Changed,
+            Err(error) => ReadError::Disk(Error::io(cannot("read", &whole.path), &error)),
+        };
+        buf.truncate(begin);
+        Err(result)
+    }
+
+    fn open_whole(&self, whole: &Whole, file: u32) -> io::Result<Arc<File>> {
+        let open = &self.shared.open;
+        open.get((self.serial, file), || match &self.content.files[file as usize].path {
+            None => open_file(&whole.path),
+            Some(path) => {
+                let root = open.get((self.serial, ROOT), || open_folder(&whole.path))?;
+                open_beneath(&root, path, For::Reading)
+            }
+        })
+    }
+
+    /// Verifies a piece and writes it at its place; any number of threads at once. Within about a
+    /// second it is durable. A crash before costs it, and never leaves it claimed.
+    pub(crate) fn put(&self, piece: Piece, bytes: &[u8]) -> Result<Put, PutError> {
+        if lock(&self.have).has(piece) {
+            return Ok(Put::Duplicate);
+        }
+        if !self.content.proof.verify(&self.content.layout, piece, bytes) {
+            return Err(PutError::BadPiece);
+        }
+        let state = self.state();
+        // Again: finish waits for this lock, and nothing may be written once it has begun.
+        if lock(&self.have).has(piece) {
+            return Ok(Put::Duplicate);
+        }
+        let State::Growing(growing) = &*state else {
+            let what = format!("{} is not being fetched (any more)", self.id().short());
+            return Err(PutError::Disk(Error::new(ErrorKind::Other, what)));
+        };
+        growing
+            .write(piece, bytes)
+            .map_err(|e| PutError::Disk(Error::io(cannot("write to", &growing.at().part), &e)))?;
+        // Held only when the flusher knows of it: finish flushes what is held.
+        self.shared.bell.written(bytes.len() as u64);
+        Ok(if lock(&self.have).insert(piece) { Put::New } else { Put::Duplicate })
+    }
+
+    /// All pieces are held: makes everything durable, gives it its final name and returns that. From
+    /// then on it is shared in place. Called again it only returns the name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`]: something has that name meanwhile; the download stays, whole, for
+    /// [`Replica::retarget`]. [`ErrorKind::Integrity`]: files were touched by others or a failed
+    /// sync lost pieces; [`Replica::have`] tells what is to be fetched again. Others: the disk; try
+    /// again.
+    pub(crate) fn finish(&self) -> Result<PathBuf> {
+        let _turn = lock(&self.finishing);
+        let growing = match &*self.state() {
+            State::Whole(whole) => return Ok(whole.path.clone()),
+            State::Growing(growing) => Arc::clone(growing),
+            State::Forgotten(_) => return Err(self.not_fetched()),
+        };
+        let failed = |e: &io::Error| Error::io(cannot("finish", &growing.at().target), e);
+        self.flush()?;
+        if !self.is_complete() {
+            return Err(self.incomplete());
+        }
+        growing.complete().map_err(|e| failed(&e))?;
+
+        let mut state = self.state_mut();
+        if !matches!(*state, State::Growing(_)) {
+            return Err(self.not_fetched());
+        }
+        // A second copy of the last piece may have been written since.
+        if !growing.is_flushed() {
+            self.flush_growing(&growing)?;
+        }
+        let lost = growing.inspect().map_err(|e| failed(&e))?;
+        if !lost.is_empty() || !self.is_complete() {
+            self.lose(&growing, &lost);
+            return Err(self.incomplete());
+        }
+        let hashed = clock::wall();
+        let stamps = growing.rename().map_err(|e| self.rename_failed(&growing.at().target, &e))?;
+        let whole = Arc::new(Whole { path: growing.at().target, stamps, hashed });
+        self.shared.open.close(self.serial);
+        *state = State::Whole(Arc::clone(&whole));
+        drop(state);
+
+        // Until it is remembered the journal stays: it tells the next process what was finished.
+        let kept = self.remember(&whole).map_err(|e| e.to_string());
+        let kept = kept.and_then(|()| growing.close_journal().map_err(|e| e.to_string()));
+        if let Err(error) = kept {
+            tracing::warn!(error, content = %self.id(), "a finished download cannot be noted");
+        }
+        Ok(whole.path.clone())
+    }
+
+    fn rename_failed(&self, target: &Path, error: &io::Error) -> Error {
+        if error.kind() == io::ErrorKind::AlreadyExists {
+            let what = format!("{} exists already", target.display());
+            return Error::new(ErrorKind::Exists, what)
+                .hint("it is fetched whole: give it another name, or let it overwrite");
+        }
+        Error::io(cannot("finish", target), error)
+    }
+
+    fn incomplete(&self) -> Error {
+        let missing = self.layout().pieces() - lock(&self.have).count();
+        let what = format!("{missing} pieces of {} are still to be fetched", self.id().short());
+        Error::new(ErrorKind::Integrity, what)
+    }
+
+    fn not_fetched(&self) -> Error {
+        Error::new(ErrorKind::Other, format!("{} is no longer fetched", self.id().short()))
+    }
+
+    /// Gives what is being fetched another final name, on the same disk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Exists`] where that is taken; another where it is no longer being fetched, or
+    /// the disk refuses.
+    pub(crate) fn retarget(&self, target: &Path, overwrite: bool) -> Result<()> {
+        let target = super::resolve_target(target, overwrite)?;
+        let state = self.state_mut();
+        let State::Growing(growing) = &*state else { return Err(self.not_fetched()) };
+        let at = At::new(&self.content, &target, overwrite);
+        growing.retarget(at).map_err(|e| match e.kind() {
+            io::ErrorKind::CrossesDevices => {
+                let what = format!("{} is on another disk", target.display());
+                Error::new(ErrorKind::Other, what).hint("name a place on the same disk")
+            }
+            _ => Error::io(cannot("move the download to", &target), &e),
+        })
+    }
+
+    /// Hashes all that should be here again, with all cores. Returns the pieces that are bad, which
+    /// are no longer held. A file shared in place that was touched but is unchanged is shared again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Interrupted`] where `cancel` was set.
+    pub(crate) fn recheck(
+        &self,
+        progress: Progress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Vec<Piece>> {
+        let state = self.state().clone();
+        match state {
+            State::Whole(whole) => self.recheck_whole(&whole, progress, cancel),
+            State::Growing(growing) => {
+                let have = self.have();
+                let good = self.rehash(&|n| growing.open_again(n), &have, progress, cancel)?;
+                let bad: Vec<Piece> = have.iter().filter(|piece| !good.has(*piece)).collect();
+                self.lose(&growing, &bad);
+                Ok(bad)
+            }
+            State::Forgotten(_) => Err(self.not_fetched()),
+        }
+    }
+
+    fn recheck_whole(
+        &self,
+        whole: &Arc<Whole>,
+        progress: Progress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Vec<Piece>> {
+        let hashed = clock::wall();
+        let before = stamps(&self.content, &whole.path).ok();
+        let root = open_folder(&whole.path);
+        let open = |file: u32| match (&self.content.files[file as usize].path, &root) {
+            (Some(path), Ok(root)) => open_beneath(root, path, For::Reading),
+            (Some(_), Err(_)) => Err(io::ErrorKind::NotFound.into()),
+            (None, _) => open_file(&whole.path),
+        };
+        let all = Bitfield::all(self.layout().pieces());
+        let good = self.rehash(&open, &all, progress, cancel)?;
+        let bad: Vec<Piece> = good.missing().collect();
+        let mut state = self.state_mut();
+        if !matches!(&*state, State::Whole(now) if Arc::ptr_eq(now, whole)) {
+            return Ok(bad);
+        }
+        *lock(&self.have) = good;
+        let mut whole = Arc::clone(whole);
+        let sizes = (0..self.layout().files()).map(|file| self.layout().size_of(file));
+        if let Some(before) = before
+            && bad.is_empty()
+            && before.iter().map(|stamp| stamp.size).eq(sizes)
+            && stamps(&self.content, &whole.path).is_ok_and(|after| after == before)
+        {
+            whole = Arc::new(Whole { path: whole.path.clone(), stamps: before, hashed });
+            self.shared.open.close(self.serial);
+            *state = State::Whole(Arc::clone(&whole));
+        }
+        drop(state);
+        self.remember(&whole)?;
+        Ok(bad)
+    }
+
+    /// Those of the `wanted` pieces whose bytes are right.
+    fn rehash(
+        &self,
+        open: &(dyn Fn(u32) -> io::Result<File> + Sync),
+        wanted: &Bitfield,
+        progress: Progress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Bitfield> {
+        let good = Mutex::new(self.content.none());
+        in_parallel(self.layout(), open, progress, cancel, &|hand, run| {
+            for piece in run.map(Piece).filter(|piece| wanted.has(*piece)) {
+                let value = hand.hash(piece).ok().map(|(value, _)| value);
+                if value.as_ref() == self.content.proof.value(piece) {
+                    lock(&good).insert(piece);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(good.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether its files were replaced, truncated, touched or removed since they were hashed: a look
+    /// at each, nothing is read. Always false for what is being fetched.
+    pub(crate) fn changed(&self) -> bool {
+        let State::Whole(whole) = self.state().clone() else { return false };
+        !stamps(&self.content, &whole.path).is_ok_and(|now| now == whole.stamps)
+    }
+
+    /// Hashes this piece again, since somebody says it is bad; true if it is, or is not here. Then it
+    /// is no longer held.
+    pub(crate) fn suspect(&self, piece: Piece) -> bool {
+        if !lock(&self.have).has(piece) {
+            return true;
+        }
+        let state = self.state().clone();
+        let mut bytes = Vec::new();
+        let read = match &state {
+            State::Growing(growing) => growing.read(piece, &mut bytes).is_ok(),
+            State::Whole(whole) => self.read_again(whole, piece, &mut bytes).is_ok(),
+            State::Forgotten(_) => false,
+        };
+        if read && self.content.proof.verify(self.layout(), piece, &bytes) {
+            return false;
+        }
+        tracing::warn!(content = %self.id(), piece = piece.0, "a piece on this disk is bad");
+        match state {
+            State::Growing(growing) => self.lose(&growing, &[piece]),
+            State::Whole(whole) => {
+                lock(&self.have).remove(piece);
+                if let Err(error) = self.remember(&whole) {
+                    tracing::warn!(%error, content = %self.id(), "cannot note that a piece is bad");
+                }
+            }
+            State::Forgotten(_) => {}
+        }
+        true
+    }
+
+    /// Reads whatever is there now, changed or not.
+    fn read_again(&self, whole: &Whole, piece: Piece, bytes: &mut Vec<u8>) -> io::Result<()> {
+        let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
+        bytes.resize(place.len as usize, 0);
+        self.open_whole(whole, place.file)?.read_exact_at(bytes, place.offset)
+    }
+
+    /// Makes durable, and claims, all that was put so far.
+    pub(super) fn flush(&self) -> Result<()> {
+        let State::Growing(growing) = self.state().clone() else { return Ok(()) };
+        self.flush_growing(&growing)
+    }
+
+    fn flush_growing(&self, growing: &Growing) -> Result<()> {
+        let mut lost = Vec::new();
+        let flushed = growing.flush(&mut lost);
+        if !lost.is_empty() {
+            let pieces = lost.len();
+            tracing::warn!(content = %self.id(), pieces, "a failed write lost pieces: fetching them again");
+            let have = &mut *lock(&self.have);
+            for piece in lost {
+                have.remove(piece);
+            }
+        }
+        let Err(error) = flushed else {
+            if self.flush_failed.swap(false, Ordering::Relaxed) {
+                tracing::info!(content = %self.id(), "the disk takes the download again");
+            }
+            return Ok(());
+        };
+        if !self.flush_failed.swap(true, Ordering::Relaxed) {
+            tracing::warn!(%error, content = %self.id(), "the download cannot be made durable: trying again");
+        }
+        Err(Error::io(cannot("make durable", &growing.at().part), &error))
+    }
+
+    /// These pieces are not held (any more), whatever was claimed.
+    fn lose(&self, growing: &Growing, pieces: &[Piece]) {
+        if pieces.is_empty() {
+            return;
+        }
+        {
+            let have = &mut *lock(&self.have);
+            for piece in pieces {
+                have.remove(*piece);
+            }
+        }
+        if let Err(error) = growing.lose(pieces) {
+            tracing::warn!(%error, content = %self.id(), "cannot note that pieces are bad");
+        }
+    }
+
+    fn remember(&self, whole: &Whole) -> Result<()> {
+        let entry = Entry {
+            path: whole.path.clone(),
+            size: self.size(),
+            manifest: self.content.manifest.clone(),
+            proof: self.proof(),
+            have: lock(&self.have).to_bytes(),
+            hashed: whole.hashed,
+            stamps: whole.stamps.clone(),
+            serial: self.serial,
+        };
+        self.shared.ledger.set_whole(&self.id(), Some(&entry))
+    }
+
+    fn state(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state_mut(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What only the store does with a replica.
+impl Replica {
+    pub(super) fn whole(
+        content: Content,
+        whole: Whole,
+        have: Bitfield,
+        serial: u64,
+        shared: &Arc<Shared>,
+    ) -> Arc<Self> {
+        Self::new(Arc::new(content), State::Whole(Arc::new(whole)), have, serial, shared)
+    }
+
+    pub(super) fn growing(
+        content: Arc<Content>,
+        growing: Growing,
+        have: Bitfield,
+        serial: u64,
+        shared: &Arc<Shared>,
+    ) -> Arc<Self> {
+        Self::new(content, State::Growing(Arc::new(growing)), have, serial, shared)
+    }
+
+    fn new(
+        content: Arc<Content>,
+        state: State,
+        have: Bitfield,
+        serial: u64,
+        shared: &Arc<Shared>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            content,
+            shared: Arc::clone(shared),
+            serial,
+            have: Mutex::new(have),
+            state: RwLock::new(state),
+            finishing: Mutex::default(),
+            flush_failed: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn content(&self) -> &Content {
+        &self.content
+    }
+
+    pub(super) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// Where it lies, if it is whole and shared.
+    pub(super) fn as_whole(&self) -> Option<Arc<Whole>> {
+        match &*self.state() {
+            State::Whole(whole) => Some(Arc::clone(whole)),
+            _ => None,
+        }
+    }
+
+    /// Where it grows, if it is being fetched.
+    pub(super) fn as_growing(&self) -> Option<Arc<Growing>> {
+        match &*self.state() {
+            State::Growing(growing) => Some(Arc::clone(growing)),
+            _ => None,
+        }
+    }
+
+    /// Remembers it over a restart.
+    pub(super) fn record(&self) -> Result<()> {
+        self.as_whole().map_or(Ok(()), |whole| self.remember(&whole))
+    }
+
+    /// It is neither shared nor fetched any more; what was only temporary is removed.
+    pub(super) fn forget(&self) -> Result<()> {
+        let path = self.path();
+        let state = std::mem::replace(&mut *self.state_mut(), State::Forgotten(path));
+        self.shared.open.close(self.serial);
+        lock(&self.have).clone_from(&self.content.none());
+        if let State::Growing(growing) = state {
+            let failed = |e| Error::io(cannot("remove", &growing.at().part), &e);
+            return growing.discard().map_err(failed);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Replica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} at {}, {:?}", self.id(), self.path().display(), self.have())
+    }
+}
+
+fn cannot(what: &str, path: &Path) -> String {
+    format!("cannot {what} {}", path.display())
+}
+
+/// Whether a file that was there is there no more, or something else is in its place.
+fn is_gone(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::XDEV))
+        || matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof)
+}

@@ -1,0 +1,196 @@
+//! Owns what is said next on a connection: small frames pass between large ones, metadata goes
+//! before pieces, and one piece at a time lies in memory. Never decides whom to serve.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use potluck_core::id::Piece;
+use potluck_core::wire::stream::{Channel, Frame, META_CHUNK, PIECE_HEAD, Side, piece_head};
+
+use super::Gone;
+use crate::store::{ReadError, Replica};
+
+/// Small frames that may wait for a machine that does not read: one that stays this far behind is
+/// let go of.
+const MAX_WAITING: usize = 16 << 20;
+
+/// What is to be said.
+#[derive(Default)]
+pub(super) struct Outbox {
+    /// Frames, encoded, of which the first `small_at` bytes were said.
+    small: Vec<u8>,
+    small_at: usize,
+    metas: VecDeque<MetaOut>,
+    serves: VecDeque<(u16, Piece)>,
+    /// The piece at hand: its frame, of which the first `piece_at` bytes were said.
+    piece: Vec<u8>,
+    piece_at: usize,
+    piece_of: Option<(u16, Piece)>,
+    /// Pieces said but not yet known to be with the kernel: where in the stream they end.
+    ends: VecDeque<(u64, Sent)>,
+}
+
+/// A piece that was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sent {
+    pub(super) channel: u16,
+    pub(super) piece: Piece,
+    pub(super) bytes: u32,
+}
+
+struct MetaOut {
+    channel: u16,
+    replica: Arc<Replica>,
+    /// Read when its turn comes.
+    proof: Option<Vec<u8>>,
+    /// Bytes of manifest ‖ proof that were said.
+    said: usize,
+}
+
+impl Outbox {
+    /// Says a small frame, before all pieces that were not begun.
+    pub(super) fn say(&mut self, frame: &Frame<'_>) -> Result<(), Gone> {
+        frame.encode(&mut self.small);
+        if self.small.len() - self.small_at > MAX_WAITING {
+            return Err(Gone::TimedOut("it does not read what it is told"));
+        }
+        Ok(())
+    }
+
+    /// Sends the metadata of `replica`.
+    pub(super) fn send_meta(&mut self, channel: u16, replica: Arc<Replica>) {
+        self.metas.push_back(MetaOut { channel, replica, proof: None, said: 0 });
+    }
+
+    /// Sends a piece when its turn comes: it is then handed out by [`Outbox::next_serve`].
+    pub(super) fn serve(&mut self, channel: u16, piece: Piece) {
+        self.serves.push_back((channel, piece));
+    }
+
+    /// Takes back what of these was not begun; which it was.
+    pub(super) fn take_back(&mut self, channel: u16, pieces: &[Piece]) -> Vec<Piece> {
+        let mut taken = vec![];
+        self.serves.retain(|&(on, piece)| {
+            let back = on == channel && pieces.contains(&piece);
+            if back {
+                taken.push(piece);
+            }
+            !back
+        });
+        taken
+    }
+
+    /// Begins nothing more on `channel`.
+    pub(super) fn forget(&mut self, channel: u16) {
+        self.metas.retain(|meta| meta.channel != channel);
+        self.serves.retain(|(on, _)| *on != channel);
+    }
+
+    /// Begins nothing more at all, but says `frame` last; false if a piece is being said, which
+    /// would have to be finished first.
+    pub(super) fn end_with(&mut self, frame: &Frame<'_>) -> bool {
+        self.metas.clear();
+        self.serves.clear();
+        frame.encode(&mut self.small);
+        self.piece_at == self.piece.len()
+    }
+
+    /// The bytes to say now; empty where there is nothing, or only a serve.
+    pub(super) fn plain(&mut self) -> &[u8] {
+        if self.piece_at < self.piece.len() {
+            return &self.piece[self.piece_at..];
+        }
+        if self.small_at == self.small.len() {
+            self.small.clear();
+            self.small_at = 0;
+            while self.small.is_empty() && !self.metas.is_empty() {
+                self.next_meta();
+            }
+        }
+        &self.small[self.small_at..]
+    }
+
+    /// The first `n` of those bytes were said, and end at `position` in the stream.
+    pub(super) fn said(&mut self, n: usize, position: u64) {
+        if self.piece_at < self.piece.len() {
+            self.piece_at += n;
+            if self.piece_at == self.piece.len()
+                && let Some((channel, piece)) = self.piece_of.take()
+            {
+                let bytes = (self.piece.len() - 4 - PIECE_HEAD) as u32;
+                self.ends.push_back((position, Sent { channel, piece, bytes }));
+            }
+        } else {
+            self.small_at += n;
+        }
+    }
+
+    /// The next piece to be served, where nothing else is to be said before.
+    pub(super) fn next_serve(&mut self) -> Option<(u16, Piece)> {
+        self.serves.pop_front()
+    }
+
+    /// Reads the piece to say next.
+    pub(super) fn load(
+        &mut self,
+        channel: u16,
+        piece: Piece,
+        replica: &Replica,
+    ) -> Result<(), ReadError> {
+        let len = replica.layout().len_of(piece) as usize;
+        let theirs = Channel { number: channel, opener: Side::Them };
+        self.piece.clear();
+        self.piece_at = 0;
+        self.piece.reserve_exact(4 + PIECE_HEAD + len);
+        self.piece.extend_from_slice(&piece_head(theirs, piece, len));
+        let read = replica.read(piece, &mut self.piece);
+        let whole = self.piece.len() == 4 + PIECE_HEAD + len;
+        if read.is_err() || !whole {
+            self.piece.clear();
+            return read.and(Err(ReadError::Changed));
+        }
+        self.piece_of = Some((channel, piece));
+        Ok(())
+    }
+
+    /// The next piece whose last byte lies before `written` in the stream.
+    pub(super) fn sent(&mut self, written: u64) -> Option<Sent> {
+        match self.ends.front() {
+            Some((end, sent)) if *end <= written => {
+                let sent = *sent;
+                self.ends.pop_front();
+                Some(sent)
+            }
+            _ => None,
+        }
+    }
+
+    /// Gives back memory that is not in use.
+    pub(super) fn rest(&mut self) {
+        if self.piece_at == self.piece.len() {
+            self.piece = vec![];
+            self.piece_at = 0;
+        }
+        self.small.shrink_to_fit();
+    }
+
+    /// Says the next part of the metadata that is being sent, if any.
+    fn next_meta(&mut self) {
+        let Some(meta) = self.metas.front_mut() else { return };
+        let proof = meta.proof.get_or_insert_with(|| meta.replica.proof());
+        let manifest = meta.replica.manifest();
+        let rest = match meta.said.checked_sub(manifest.len()) {
+            None => &manifest[meta.said..],
+            Some(of_proof) => &proof[of_proof..],
+        };
+        let chunk = &rest[..rest.len().min(META_CHUNK)];
+        let theirs = Channel { number: meta.channel, opener: Side::Them };
+        if !chunk.is_empty() {
+            Frame::Meta(theirs, chunk).encode(&mut self.small);
+        }
+        meta.said += chunk.len();
+        if meta.said == manifest.len() + proof.len() {
+            self.metas.pop_front();
+        }
+    }
+}
