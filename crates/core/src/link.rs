@@ -70,7 +70,8 @@ pub enum Output {
         /// A row without hosts is gone.
         rows: Vec<Row>,
     },
-    /// Changes were missed for good: list everything again.
+    /// The watch stands, for the first time or after changes were missed for good: list everything
+    /// (again). Changes that come before the list is whole are to be applied after it, in order.
     Relist,
     /// The index has a newer revocation list than it had before.
     RevocationsAt(u32),
@@ -386,7 +387,6 @@ impl Link {
         if rebooted && let Some(watch) = &mut self.watch {
             watch.sequence = None;
             watch.renew_at = now;
-            self.outputs.push_back(Output::Relist);
         }
         if head.revocations > self.revocations {
             self.revocations = head.revocations;
@@ -819,11 +819,10 @@ impl Link {
         watch.asked = false;
         watch.renew_at =
             now + WATCH_EVERY.min(Duration::from_secs(u64::from(watching.lease_s)) / 3);
-        if watching.missed {
-            self.outputs.push_back(Output::Relist);
-        }
+        // Only now: what changes while the owner lists is told, so nothing falls between the two.
         if watching.missed || watch.sequence.is_none() {
             watch.sequence = Some(watching.sequence);
+            self.outputs.push_back(Output::Relist);
         }
     }
 

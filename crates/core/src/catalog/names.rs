@@ -111,14 +111,18 @@ impl Catalog {
         self.contents[slot as usize].records += 1;
         self.records += 1;
         *self.signed.entry(record.publisher).or_default() += 1;
-        let before = self.newest_slot(at);
+        let named = &self.named[at as usize];
+        let before = named.newest().map(|newest| (newest.version, self.by_id[&newest.id]));
         self.named[at as usize].versions.insert(record.version, record.clone());
-        let after = self.newest_slot(at);
-        if before != after {
-            if let Some(before) = before {
-                self.detach(at, before);
+        match before {
+            Some((newest, _)) if newest > record.version => {} // a piece of history
+            Some((_, before)) if before == slot => self.touch(slot),
+            before => {
+                if let Some((_, before)) = before {
+                    self.detach(at, before);
+                }
+                self.attach(at, slot);
             }
-            self.attach(at, slot);
         }
         if journal {
             self.journal.push_back(Durable::Record(record.clone()));
@@ -150,11 +154,6 @@ impl Catalog {
             self.settle(slot);
         }
         self.journal.push_back(Durable::Forgotten(record.name, version));
-    }
-
-    fn newest_slot(&self, at: u32) -> Option<Slot> {
-        let newest = self.named[at as usize].newest()?;
-        self.by_id.get(&newest.id).copied()
     }
 
     /// The name at `at` no longer stands at the content at `slot`: that row is gone, and where it was

@@ -225,6 +225,9 @@ struct Seat {
     heard: Option<Moment>,
     /// Until when what it hosts stays; `None` while it hosts nothing.
     lease: Option<Moment>,
+    /// Since the restart it has not said how much it holds of what it does not hold whole: that is
+    /// not saved, and no part of the digest.
+    vague: bool,
     /// It stands in the queue of leases.
     queued: bool,
     /// The address in the saved rows.
@@ -269,7 +272,7 @@ impl Registrar {
         let mut roster = Roster::new(&key, settings.members, settings.invitations);
         // Changes are counted from the date on, so that no number of an earlier run is met again.
         let mut catalog = Catalog::new(settings.limits, wall.0 << 20, dice.next());
-        let mut epochs = vec![];
+        let (mut epochs, mut vague) = (vec![], BTreeSet::new());
         let mut last = Table::Epochs;
         for (table, key, value) in saved {
             if table < last {
@@ -289,7 +292,12 @@ impl Registrar {
                         catalog.report(member, known.peer, address, load);
                     }
                 }
-                Saved::Registration(member, id, hosted) => catalog.restore(member, id, &hosted),
+                Saved::Registration(member, id, hosted) => {
+                    catalog.restore(member, id, &hosted);
+                    if !hosted.complete {
+                        vague.insert(member);
+                    }
+                }
             }
         }
         let mut changes = vec![];
@@ -312,6 +320,9 @@ impl Registrar {
             stats: Stats::default(),
         };
         registrar.save(changes);
+        for member in vague {
+            registrar.seat(member).vague = true;
+        }
         registrar.grant_leases(now);
         registrar.tick(now, wall);
         Ok(registrar)
@@ -563,7 +574,10 @@ impl Registrar {
         }
         self.renew(number, now + self.lease());
         let theirs = u128::from_le_bytes(said.digest);
-        let repeat_all = theirs != 0 && theirs != self.catalog.digest(number);
+        let ours = self.catalog.digest(number);
+        let seat = self.seat(number);
+        seat.vague &= !said.round_ends;
+        let repeat_all = theirs != 0 && (theirs != ours || seat.vague);
         self.stats.repeats += u64::from(repeat_all);
         let lease_s = self.lease().as_secs().min(u64::from(u16::MAX)) as u16;
         let heartbeat_s = self.settings.heartbeat_s.max(1);
