@@ -74,7 +74,7 @@ impl IndexSettings {
             state: state.into(),
             listen: None,
             advertise: None,
-            heartbeat_s: 30,
+            heartbeat_s: 25,
             invite_uses: FIRST_USES,
             invite_valid: FIRST_VALID,
         }

@@ -33,8 +33,9 @@ pub(crate) fn hold(dir: &Path) -> Result<File> {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::AGAIN) => {
             let what = format!("another potluck process is using {}", dir.display());
-            Err(Error::new(ErrorKind::Other, what)
-                .hint("stop it with potluck down, or give this one a folder of its own: --state DIR"))
+            Err(Error::new(ErrorKind::Other, what).hint(
+                "stop it with potluck down, or give this one a folder of its own: --state DIR",
+            ))
         }
         Err(error) => Err(failed(&error.into())),
     }

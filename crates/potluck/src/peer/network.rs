@@ -16,11 +16,11 @@ use potluck_core::wire::datagram::MAX_DATAGRAM;
 use potluck_core::wire::desk::{Answer, Ask, Join, Session};
 use tracing::{debug, info, warn};
 
-use super::Replies;
 use super::engine::{Engine, Input, dice};
 use super::notes::Membership;
+use super::{Replies, Settings};
 use crate::clock;
-use crate::control::Event;
+use crate::control::{Event, Request};
 use crate::daemon;
 use crate::desk::{self, Expect};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,12 +70,10 @@ impl Engine {
     /// Takes the network of last time up again, and the index where this machine founded one.
     pub(super) fn begin_network(&mut self) {
         match self.notes().founded() {
-            Ok(Some(listen)) => {
-                let result = self.open_index(listen.parse().ok());
-                if let Err(e) = result {
-                    warn!(error = %e, "the index that this machine founded does not start");
-                }
-            }
+            Ok(Some(listen)) => match open_index(&self.settings, listen.parse().ok()) {
+                Ok(index) => self.index = Some(index),
+                Err(e) => warn!(error = %e, "the index that this machine founded does not start"),
+            },
             Ok(None) => {}
             Err(e) => warn!(error = %e, "cannot read what network this machine is in"),
         }
@@ -84,14 +82,6 @@ impl Engine {
             Ok(None) => {}
             Err(e) => warn!(error = %e, "cannot read what network this machine is in"),
         }
-    }
-
-    fn open_index(&mut self, listen: Option<SocketAddr>) -> Result<()> {
-        let mut settings = IndexSettings::new(&self.settings.state);
-        settings.listen = listen;
-        settings.advertise = self.settings.advertise.clone();
-        self.index = Some(Index::open(&settings)?);
-        Ok(())
     }
 
     /// Becomes a member in all that this process does.
@@ -209,51 +199,30 @@ impl Engine {
         if self.line.is_some() {
             return then(self, Ok(replies));
         }
-        match self.own_index() {
-            Ok((invitation, founded)) => {
-                if let Some(invite) = founded {
-                    replies.send(Event::Founded { invite });
-                }
-                self.join(&invitation, replies, then);
-            }
-            Err(error) => then(self, Err((replies, error))),
-        }
+        let settings = self.settings.clone();
+        self.job(
+            move || own_network(&settings),
+            move |engine, result| match result {
+                Ok(own) => engine.enter_own(own, replies, then),
+                Err(error) => then(engine, Err((replies, error))),
+            },
+        );
     }
 
-    /// An invitation for this machine, and (where the index was made just now) one for others.
-    fn own_index(&mut self) -> Result<(Invitation, Option<String>)> {
-        let socket = daemon::socket_path(&self.settings.state, daemon::Role::Index);
-        if let Some(client) = daemon::Client::connect(&socket)? {
-            let ask = crate::control::Request::Invite {
-                uses: 1,
-                valid_s: 600,
-                role: Role::Admin.to_string(),
-            };
-            for event in client.request(&ask)? {
-                match event? {
-                    Event::Invited { invite, .. } => {
-                        let invitation = invite.parse::<Invitation>();
-                        return Ok((
-                            invitation.map_err(|e| Error::new(ErrorKind::Other, e.0))?,
-                            None,
-                        ));
-                    }
-                    Event::Failed { error, .. } => return Err(Error::new(ErrorKind::Other, error)),
-                    _ => {}
-                }
+    fn enter_own(
+        &mut self,
+        own: OwnNetwork,
+        replies: Replies,
+        then: impl FnOnce(&mut Self, Result<Replies, (Replies, Error)>) + Send + 'static,
+    ) {
+        if let Some((index, others)) = own.founded {
+            if let Err(error) = self.notes().set_founded(Some(&index.listen().to_string())) {
+                return then(self, Err((replies, error)));
             }
+            replies.send(Event::Founded { invite: others.to_string() });
+            self.index = Some(index);
         }
-        // The usual port where it is free, else any.
-        let own = self.settings.listen.map(|listen| listen.ip());
-        let usual = own.map(|ip| SocketAddr::new(ip, DEFAULT_PORT));
-        let any = own.map_or((Ipv4Addr::UNSPECIFIED, 0).into(), |ip| SocketAddr::new(ip, 0));
-        self.open_index(usual).or_else(|_| self.open_index(Some(any)))?;
-        let Some(index) = &self.index else { return Err(no_network()) };
-        let own = index.invite(invite_terms(Role::Admin, 1, FIRST_VALID))?;
-        let others = index.invite(invite_terms(Role::Publish, FIRST_USES, FIRST_VALID))?;
-        let listen = index.listen().to_string();
-        self.notes().set_founded(Some(&listen))?;
-        Ok((own, Some(others.to_string())))
+        self.join(&own.invitation, replies, then);
     }
 
     /// Keeps the session alive, and tells the index how busy this machine is.
@@ -398,6 +367,55 @@ impl Engine {
         self.publish_identity();
         Ok(())
     }
+}
+
+/// The network that a machine without one shares in.
+struct OwnNetwork {
+    /// For this machine.
+    invitation: Invitation,
+    /// The index, where it was made just now, and an invitation for others.
+    founded: Option<(Index, Invitation)>,
+}
+
+/// That of the index of this very state folder, else a new one.
+fn own_network(settings: &Settings) -> Result<OwnNetwork> {
+    if let Some(invitation) = own_index_invites(settings)? {
+        return Ok(OwnNetwork { invitation, founded: None });
+    }
+    // The usual port where it is free, else any.
+    let own = settings.listen.map(|listen| listen.ip());
+    let usual = own.map(|ip| SocketAddr::new(ip, DEFAULT_PORT));
+    let any = own.map_or((Ipv4Addr::UNSPECIFIED, 0).into(), |ip| SocketAddr::new(ip, 0));
+    let index = open_index(settings, usual).or_else(|_| open_index(settings, Some(any)))?;
+    let invitation = index.invite(invite_terms(Role::Admin, 1, FIRST_VALID))?;
+    let others = index.invite(invite_terms(Role::Publish, FIRST_USES, FIRST_VALID))?;
+    Ok(OwnNetwork { invitation, founded: Some((index, others)) })
+}
+
+/// An invitation for this machine by the index that runs for this state folder, if one does.
+fn own_index_invites(settings: &Settings) -> Result<Option<Invitation>> {
+    let socket = daemon::socket_path(&settings.state, daemon::Role::Index);
+    let Some(client) = daemon::Client::connect(&socket)? else { return Ok(None) };
+    let role = Role::Admin.to_string();
+    for event in client.request(&Request::Invite { uses: 1, valid_s: 600, role })? {
+        let event = event?;
+        if let Some(error) = event.failure() {
+            return Err(error);
+        }
+        if let Event::Invited { invite, .. } = event {
+            let invitation = invite.parse();
+            return invitation.map(Some).map_err(|_| desk::unexpected());
+        }
+    }
+    Err(desk::unexpected())
+}
+
+fn open_index(settings: &Settings, listen: Option<SocketAddr>) -> Result<Index> {
+    Index::open(&IndexSettings {
+        listen,
+        advertise: settings.advertise.clone(),
+        ..IndexSettings::new(&settings.state)
+    })
 }
 
 pub(super) fn no_network() -> Error {

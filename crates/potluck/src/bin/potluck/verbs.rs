@@ -16,9 +16,9 @@ use crate::args::{self, Get, Invite, Listen, MembersVerb, Share};
 use crate::interrupt;
 use crate::process::{Context, Line, absolute};
 use crate::progress::Meter;
-use crate::render::{age, 
-    Table, content, count, machine, out, pair, path, path_result, permille, plain, quoted, rate,
-    size, span, title,
+use crate::render::{
+    Table, age, content, count, machine, out, pair, path, path_result, permille, plain, quoted,
+    rate, size, span, title,
 };
 
 /// How long `down` waits for a process to be gone: its journals are written by then.
