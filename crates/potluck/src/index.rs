@@ -566,7 +566,10 @@ fn commit(database: &Database, changes: &[Change]) -> Result<(), redb::Error> {
     Ok(transaction.commit()?)
 }
 
-fn load(database: &Database) -> Result<Vec<(Table, Vec<u8>, Vec<u8>)>> {
+/// A row of the database: its table, key and value.
+type SavedRow = (Table, Vec<u8>, Vec<u8>);
+
+fn load(database: &Database) -> Result<Vec<SavedRow>> {
     let mut saved = Vec::new();
     let mut read = || -> Result<(), redb::Error> {
         let transaction = database.begin_read()?;

@@ -300,7 +300,7 @@ fn a_registered_content_is_found_with_the_address_the_index_saw() {
     let mut index = Index::new();
     let (mut a, mut b) = (index.member(1, Role::Publish), index.member(2, Role::Read));
     let done = a.register(&mut index, vec![item(1)]);
-    assert_eq!((done.lease_s, done.heartbeat_s, done.repeat_all), (90, 30, false));
+    assert_eq!((done.lease_s, done.heartbeat_s, done.repeat_all), (75, 25, false));
     assert_eq!(done.refused, []);
     let found = b.search(&mut index, id(1)).unwrap();
     assert_eq!((found.size, found.hosts_in_all), (10, 1));

@@ -556,6 +556,9 @@ impl Engine {
         }
         self.hang_up();
         self.index = None;
+        if let Err(e) = self.store.flush() {
+            warn!(error = %e, "what came last is fetched again at the next start");
+        }
         info!("stopped");
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use potluck_core::bitfield::Bitfield;
-use potluck_core::fault::Backoff;
+use potluck_core::fault::{Backoff, Fault};
 use potluck_core::id::{ContentId, Kind, PeerId, Piece};
 use potluck_core::swarm::{Arrived, Host, Output, Swarm, Waiting, Why};
 use potluck_core::time::Moment;
@@ -225,6 +225,23 @@ impl Engine {
         self.on_found(found);
     }
 
+    /// The same as [`Engine::follow`], for somebody who says where it is to go. A fetch that was all
+    /// there but found its place taken takes the new one; any other keeps its own.
+    pub(super) fn follow_to(&mut self, id: ContentId, to: &Path, overwrite: bool, asker: Asker) {
+        let Some(fetch) = self.fetch_mut(id) else { return };
+        let taken = fetch.paused.as_ref().is_some_and(|why| why.kind == ErrorKind::Exists);
+        let name = fetch.target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let (true, Some(replica)) = (taken, &fetch.replica) {
+            let target = target_of(to, &name);
+            if let Err(error) = replica.retarget(&target, overwrite) {
+                asker.replies.fail(&error);
+                return;
+            }
+            fetch.target = target;
+        }
+        self.follow(id, asker);
+    }
+
     /// Adds somebody who waits; a paused fetch goes on.
     pub(super) fn follow(&mut self, id: ContentId, asker: Asker) {
         if let Err(e) = self.notes().set_paused(id, false) {
@@ -250,6 +267,9 @@ impl Engine {
             fetch.disk_retry = None;
             if let Some(swarm) = &mut fetch.swarm {
                 swarm.resume(now);
+                if swarm.have().is_full() {
+                    return self.complete(id);
+                }
             }
         }
         self.connect(id);
@@ -755,7 +775,11 @@ impl Engine {
             {
                 known.conn = None;
                 // One that was up and went may be back at once; one that was never reached waits longer.
-                let wait = if conn.up { Duration::from_millis(200) } else { known.backoff.wait() };
+                let wait = match (why.fault(), conn.up) {
+                    (Fault::Theirs, _) => BAN,
+                    (_, true) => Duration::from_millis(200),
+                    (_, false) => known.backoff.wait(),
+                };
                 known.next_try = now + wait;
             }
             fetch.last_piece.remove(&id);

@@ -33,9 +33,12 @@ pub(super) struct Listing {
     rows: BTreeMap<RowKey, Row>,
     /// Pages are on their way; changes that come meanwhile wait here.
     filling: Option<Vec<Row>>,
-    /// Rows seen in the pages so far.
+    /// It is to be filled once more when it is filled.
     again: bool,
 }
+
+/// What to do with a whole listing.
+type Listed = Box<dyn FnOnce(&mut Engine, Result<Vec<Row>>) + Send>;
 
 impl Engine {
     pub(super) fn list(&mut self, glob: String, replies: Replies) {
@@ -58,7 +61,7 @@ impl Engine {
     ) {
         let question = Question::List(List { glob: glob.clone(), after });
         // Boxed, since it calls itself with itself inside.
-        let then: Box<dyn FnOnce(&mut Self, Result<Vec<Row>>) + Send> = Box::new(then);
+        let then: Listed = Box::new(then);
         self.ask(question, move |engine, answer| match answer {
             Ok(Ack::Page(page)) => {
                 rows.extend(page.rows);
@@ -101,7 +104,7 @@ impl Engine {
                 Ok(rows) => {
                     let rows: BTreeMap<_, _> =
                         rows.into_iter().map(|row| (row.key.clone(), row)).collect();
-                    engine.take_listing(rows);
+                    engine.take_listing(&rows);
                     engine.on_changes(meanwhile);
                 }
                 Err(e) => {
@@ -114,7 +117,7 @@ impl Engine {
         });
     }
 
-    fn take_listing(&mut self, rows: BTreeMap<RowKey, Row>) {
+    fn take_listing(&mut self, rows: &BTreeMap<RowKey, Row>) {
         let gone: Vec<_> =
             self.listing.rows.keys().filter(|k| !rows.contains_key(k)).cloned().collect();
         let mut changes: Vec<Row> = Vec::new();

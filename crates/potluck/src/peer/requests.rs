@@ -123,6 +123,7 @@ impl Engine {
             },
             move |engine, result| match result {
                 Ok(imported) => {
+                    tracing::debug!(path = %path.display(), bytes = imported.hashed, "hashed");
                     if let Some(text) = left_out(&imported.skipped) {
                         replies.send(Event::Note { text });
                     }
@@ -358,7 +359,7 @@ impl Engine {
         if let [id] = *self.here(what)
             && self.fetch_mut(id).is_some()
         {
-            return self.follow(id, asker);
+            return self.follow_to(id, &to, exists == IfExists::Overwrite, asker);
         }
         let until = clock::now() + asker.timeout;
         self.get_asked(query, to, exists, asker, until);
@@ -413,7 +414,7 @@ impl Engine {
             Err(e) => return drop(asker.replies.fail(&e)),
         };
         if self.fetch_mut(found.id).is_some() {
-            return self.follow(found.id, asker);
+            return self.follow_to(found.id, &to, exists == IfExists::Overwrite, asker);
         }
         let called = name.as_ref().map_or_else(
             || found.id.to_string().trim_end_matches('/').to_owned(),

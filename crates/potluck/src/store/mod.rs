@@ -25,9 +25,9 @@ mod resume;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -35,7 +35,6 @@ use std::thread::JoinHandle;
 
 use potluck_core::bitfield::Bitfield;
 use potluck_core::id::ContentId;
-use rustix::fs::FlockOperation;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -108,7 +107,7 @@ impl Store {
         make.recursive(true).mode(0o700);
         make.create(&journals)
             .map_err(|e| Error::io(format!("cannot make {}", journals.display()), &e))?;
-        let held = hold(&dir)?;
+        let held = crate::state::hold(&dir)?;
         let ledger = Ledger::open(&dir.join("store.redb"))?;
         let entries = ledger.wholes()?;
         let last = entries.iter().map(|(_, entry)| entry.serial).max().unwrap_or(0);
@@ -337,24 +336,6 @@ impl Drop for Store {
         {
             tracing::error!("the thread that makes downloads durable panicked");
         }
-    }
-}
-
-/// Takes the lock of the folder, for as long as the file lives.
-fn hold(dir: &Path) -> Result<File> {
-    let path = dir.join("lock");
-    let failed = |e: &io::Error| Error::io(format!("cannot lock {}", path.display()), e);
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let file = options.open(&path).map_err(|e| failed(&e))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::AGAIN) => {
-            let what = format!("another potluck process is using {}", dir.display());
-            Err(Error::new(ErrorKind::Other, what)
-                .hint("stop it with potluck down, or use another state folder"))
-        }
-        Err(error) => Err(failed(&error.into())),
     }
 }
 
