@@ -70,8 +70,8 @@ struct Shared {
     bell: Bell,
     journals: PathBuf,
     next_serial: AtomicU64,
-    /// Locked while this process uses the folder.
-    _lock: File,
+    /// Locked while this process uses the folder; dropped after the database.
+    _held: Hold,
     /// The thread flushes nothing any more, as if the process had been killed.
     #[cfg(test)]
     killed: AtomicBool,
@@ -80,6 +80,17 @@ struct Shared {
 impl Shared {
     fn serial(&self) -> u64 {
         self.next_serial.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// The lock of a state folder.
+#[derive(Debug)]
+struct Hold(File);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // Not left to closing it: a child just being started may have it open for a moment longer.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }
 
@@ -118,7 +129,7 @@ impl Store {
             bell: Bell::default(),
             journals,
             next_serial: AtomicU64::new(last.saturating_add(1)),
-            _lock: held,
+            _held: held,
             #[cfg(test)]
             killed: AtomicBool::new(false),
         });
@@ -341,14 +352,14 @@ impl Drop for Store {
 }
 
 /// Takes the lock of the folder, for as long as the file lives.
-fn hold(dir: &Path) -> Result<File> {
+fn hold(dir: &Path) -> Result<Hold> {
     let path = dir.join("lock");
     let failed = |e: &io::Error| Error::io(format!("cannot lock {}", path.display()), e);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(&path).map_err(|e| failed(&e))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Hold(file)),
         Err(rustix::io::Errno::AGAIN) => {
             let what = format!("another potluck process is using {}", dir.display());
             Err(Error::new(ErrorKind::Other, what)
