@@ -12,8 +12,8 @@ pub const MIN_PIECE_LOG2: u8 = 16;
 pub const MAX_PIECE_LOG2: u8 = 22;
 /// Pieces are made larger while a content would have more of them than this.
 pub const MANY_PIECES: u64 = 4_096;
-/// The most pieces of one content: 16 TiB at the largest size.
-pub const MAX_PIECES: u32 = 1 << 22;
+/// The most pieces of one content: 8 TiB at the largest size. A proof of that many is 64 MiB.
+pub const MAX_PIECES: u32 = 1 << 21;
 
 /// How a content of one or many files is cut into pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,6 @@
 //! desk, each for one short TLS conversation.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -34,7 +33,7 @@ use crate::desk;
 use crate::door::timespec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::peer::members::{invited_event, members_event, pick_member, removal};
-use crate::state::{StateDir, hold};
+use crate::state::{Hold, StateDir, hold};
 
 /// The port an index listens on unless told otherwise, UDP and TCP.
 pub const DEFAULT_PORT: u16 = 7700;
@@ -514,7 +513,7 @@ fn for_socket(to: SocketAddr, socket: &UdpSocket) -> SocketAddr {
 }
 
 /// The thread that owns the database: commits what has gathered, then lets the answers go.
-fn write_all(database: &Database, _lock: File, folder: &Path, writes: &Receiver<Write>) {
+fn write_all(database: &Database, _lock: Hold, folder: &Path, writes: &Receiver<Write>) {
     let mut healthy = true;
     while let Ok(first) = writes.recv() {
         let mut changes = Vec::new();

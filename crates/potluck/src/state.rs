@@ -19,18 +19,29 @@ pub(crate) struct StateDir {
     path: PathBuf,
 }
 
-/// Takes the file `lock` of a folder, and so the folder, for as long as the file lives.
+/// A folder held by this process, until dropped.
+#[derive(Debug)]
+pub(crate) struct Hold(File);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // Not left to closing it: a child just being started may have it open for a moment longer.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+/// Takes a folder, by the lock on the file `lock` in it.
 ///
 /// # Errors
 /// `Other` where another process has it.
-pub(crate) fn hold(dir: &Path) -> Result<File> {
+pub(crate) fn hold(dir: &Path) -> Result<Hold> {
     let path = dir.join("lock");
     let failed = |e: &std::io::Error| Error::io(format_args!("cannot lock {}", path.display()), e);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(&path).map_err(|e| failed(&e))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Hold(file)),
         Err(rustix::io::Errno::AGAIN) => {
             let what = format!("another potluck process is using {}", dir.display());
             Err(Error::new(ErrorKind::Other, what).hint(

@@ -47,7 +47,7 @@ impl Bell {
     /// Calls `flush` whenever it is due, until [`Bell::stop`]. A flush that returns false is tried
     /// again after the same wait.
     pub(super) fn run(&self, flush: impl Fn() -> bool) {
-        while !self.stopped() {
+        loop {
             let mut turn = lock(&self.waiting);
             while self.unsynced.load(Ordering::Acquire) == 0 && !self.stopped() {
                 turn = self.ring.wait(turn).unwrap_or_else(PoisonError::into_inner);
@@ -55,10 +55,42 @@ impl Bell {
             let more_to_come =
                 |(): &mut ()| self.unsynced.load(Ordering::Acquire) < MANY_BYTES && !self.stopped();
             drop(self.ring.wait_timeout_while(turn, EVERY, more_to_come));
+            // Looked at before the flush: what was written until then is in it.
+            let last = self.stopped();
             self.unsynced.store(0, Ordering::Release);
             if !flush() {
                 self.unsynced.fetch_add(1, Ordering::AcqRel);
             }
+            if last {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_before_the_stop_is_always_flushed() {
+        for round in 0..200 {
+            let bell = Bell::default();
+            let (written, flushed) = (AtomicU64::new(0), AtomicU64::new(0));
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    bell.run(|| {
+                        flushed.store(written.load(Ordering::SeqCst), Ordering::SeqCst);
+                        true
+                    });
+                });
+                for n in 1..=round % 3 {
+                    written.store(n, Ordering::SeqCst);
+                    bell.written(MANY_BYTES);
+                }
+                bell.stop();
+            });
+            assert_eq!(flushed.into_inner(), round % 3);
         }
     }
 }

@@ -475,6 +475,15 @@ impl Growing {
     }
 }
 
+impl Drop for Growing {
+    fn drop(&mut self) {
+        if let Some(root) = &*lock(&self.root) {
+            // Not left to closing it: a child just being started may have it open for a moment.
+            let _ = rustix::fs::flock(root, FlockOperation::Unlock);
+        }
+    }
+}
+
 /// The stamps of a content's files as they lie at `path`.
 pub(super) fn stamps(content: &Content, path: &Path) -> io::Result<Vec<Stamp>> {
     let stamp = |name: &super::content::FileName| {

@@ -25,7 +25,7 @@ mod resume;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -37,6 +37,7 @@ use potluck_core::bitfield::Bitfield;
 use potluck_core::id::ContentId;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::state::{Hold, hold};
 
 use content::Content;
 use files::{OpenFiles, lock};
@@ -69,8 +70,8 @@ struct Shared {
     bell: Bell,
     journals: PathBuf,
     next_serial: AtomicU64,
-    /// Locked while this process uses the folder.
-    _lock: File,
+    /// Locked while this process uses the folder; dropped after the database.
+    _held: Hold,
     /// The thread flushes nothing any more, as if the process had been killed.
     #[cfg(test)]
     killed: AtomicBool,
@@ -107,7 +108,7 @@ impl Store {
         make.recursive(true).mode(0o700);
         make.create(&journals)
             .map_err(|e| Error::io(format!("cannot make {}", journals.display()), &e))?;
-        let held = crate::state::hold(&dir)?;
+        let held = hold(&dir)?;
         let ledger = Ledger::open(&dir.join("store.redb"))?;
         let entries = ledger.wholes()?;
         let last = entries.iter().map(|(_, entry)| entry.serial).max().unwrap_or(0);
@@ -117,7 +118,7 @@ impl Store {
             bell: Bell::default(),
             journals,
             next_serial: AtomicU64::new(last.saturating_add(1)),
-            _lock: held,
+            _held: held,
             #[cfg(test)]
             killed: AtomicBool::new(false),
         });
