@@ -606,7 +606,7 @@ impl Link {
                 self.gather(now);
             }
             (Purpose::Watch, Reply::Ack(Ack::Watching(watching))) => {
-                self.on_watching(now, watching)
+                self.on_watching(now, watching);
             }
             // An answer of another kind than asked for: as if none had come.
             (Purpose::Register(ids), Reply::Ack(_)) => self.say_again(ids),

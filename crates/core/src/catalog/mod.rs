@@ -565,11 +565,7 @@ impl Catalog {
                 assert_eq!(hosting.held == HELD_ALL, among_complete, "complete hosts stand first");
             }
             let listed = !content.hosts.is_empty() && content.names.is_empty();
-            assert_eq!(
-                self.nameless.get(&content.id).is_some(),
-                listed,
-                "nameless, listed, or not"
-            );
+            assert_eq!(self.nameless.contains_key(&content.id), listed, "nameless, listed, or not");
         }
         assert_eq!(registrations, self.registrations, "registrations are miscounted");
         let hosted = self.contents.iter().filter(|c| !c.hosts.is_empty()).count();
