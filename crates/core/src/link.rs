@@ -1136,6 +1136,7 @@ mod tests {
         let id = index.read(&w[0]).1;
         let watching = Watching { lease_s: 90, sequence: 40, missed: false };
         link.on_datagram(now, &mut index.reply(id, &Reply::Ack(Ack::Watching(watching))));
+        assert_eq!(outputs(&mut link), [Output::Relist], "list once the watch stands, not before");
         let row = Row {
             key: RowKey { name: None, id: ContentId::file([1; 32]) },
             size: 1,

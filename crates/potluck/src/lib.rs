@@ -30,6 +30,8 @@ mod peer;
 mod signals;
 mod state;
 mod store;
+#[doc(hidden)]
+pub mod testing;
 mod tls;
 mod transfer;
 

@@ -259,6 +259,7 @@ impl Registrar {
     /// An index with this key, going on with what was `saved` (key and value of each row, in the
     /// order of [`Table::ALL`], within a table by key). Members that hosted something have a whole
     /// lease to report again.
+    #[expect(clippy::needless_pass_by_value, reason = "what is new with a run is used once")]
     pub fn new(
         key: MachineKey,
         boot: Boot,

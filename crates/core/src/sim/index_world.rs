@@ -321,7 +321,7 @@ impl IndexWorld {
             }
         }
         for (to, datagram) in sent {
-            self.post(|datagram| Event::ToMachine { to, datagram }, datagram);
+            self.post(|datagram| Event::ToMachine { to, datagram }, &datagram);
         }
     }
 
@@ -336,7 +336,7 @@ impl IndexWorld {
             match output {
                 link::Output::Send(datagram) => {
                     let from = machine.address;
-                    self.post(|datagram| Event::ToIndex { from, datagram }, datagram);
+                    self.post(|datagram| Event::ToIndex { from, datagram }, &datagram);
                 }
                 link::Output::NeedSession => {
                     let life = machine.life;
@@ -515,15 +515,17 @@ impl IndexWorld {
             75..78 => self.report_load(at),
             78..82 => self.move_house(at),
             _ if !self.plan.deaths => self.hold_more(at),
-            82..88 => {
-                if self.machines[at].link.take().is_some() {
-                    let wait = Duration::from_millis(throw(&mut self.dice, 40_000) as u64);
-                    self.at(wait, Event::Rebirth { machine: at });
-                }
-            }
+            82..88 => self.die(at),
             88..90 => self.index_down(),
             90 if self.story.steps.is_multiple_of(5) => self.remove(at),
             _ => {}
+        }
+    }
+
+    fn die(&mut self, at: usize) {
+        if self.machines[at].link.take().is_some() {
+            let wait = Duration::from_millis(throw(&mut self.dice, 40_000) as u64);
+            self.at(wait, Event::Rebirth { machine: at });
         }
     }
 
@@ -832,7 +834,7 @@ impl IndexWorld {
     }
 
     /// Gives a datagram to the network.
-    fn post(&mut self, event: impl Fn(Vec<u8>) -> Event, datagram: Vec<u8>) {
+    fn post(&mut self, event: impl Fn(Vec<u8>) -> Event, datagram: &[u8]) {
         assert!(datagram.len() <= crate::wire::datagram::MAX_DATAGRAM);
         let copies = if chance(&mut self.dice, self.plan.doubled) { 2 } else { 1 };
         for _ in 0..copies {
@@ -842,7 +844,7 @@ impl IndexWorld {
             }
             let most = if chance(&mut self.dice, self.plan.late) { 2_000_000 } else { 20_000 };
             let wait = Duration::from_micros(100 + throw(&mut self.dice, most) as u64);
-            self.at(wait, event(datagram.clone()));
+            self.at(wait, event(datagram.to_vec()));
         }
     }
 }

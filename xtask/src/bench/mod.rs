@@ -1,0 +1,176 @@
+//! Owns `cargo xtask bench`: what is measured, where, and what the machine was. Never installs
+//! anything: a tool that is not here is said to be missing.
+
+pub(crate) mod echo;
+mod index;
+mod share;
+mod transfer;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+
+use crate::proc::{self, Cost};
+use crate::table::median;
+
+/// Bytes made up, or hashed, at once.
+const CHUNK: usize = 1 << 20;
+/// Room for databases and whatever else is small.
+const SPARE: u64 = 256 << 20;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// What to measure
+    #[arg(default_value = "all")]
+    what: What,
+    /// Size of the file that is shared and fetched, in MiB
+    #[arg(long, default_value_t = 1024, value_name = "MIB",
+        value_parser = clap::value_parser!(u64).range(1..))]
+    size: u64,
+    /// How often each is measured; the tables show medians
+    #[arg(long, default_value_t = 5, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Registrations that the index holds while it is measured
+    #[arg(long, default_value_t = 1_000_000, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1_000..=10_000_000))]
+    registrations: u32,
+    /// Where the temporary folder is made [default: /dev/shm where it has room, else the usual]
+    #[arg(long)]
+    dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// Hashing and registering a file, against b3sum
+    Share,
+    /// One source, one fetcher, against nginx and curl
+    Transfer,
+    /// Requests that the index answers on one core, against a bare authenticated echo
+    Index,
+    /// All three
+    All,
+}
+
+/// What every measurement is given.
+struct Setting {
+    /// The binary.
+    potluck: PathBuf,
+    /// A folder of its own.
+    dir: PathBuf,
+    /// Bytes of the file.
+    size: u64,
+    runs: u32,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let potluck = proc::build_potluck()?;
+    let size = args.size << 20;
+    let need = 2 * size + SPARE;
+    let dir = match &args.dir {
+        Some(dir) => dir.clone(),
+        None => Some(PathBuf::from("/dev/shm"))
+            .filter(|shm| room(shm).is_ok_and(|room| room >= need))
+            .unwrap_or_else(std::env::temp_dir),
+    };
+    let has = room(&dir)?;
+    ensure!(has >= need, "{} has {} MiB, {} are needed", dir.display(), has >> 20, need >> 20);
+    println!("{}; everything under {}; medians of {} runs\n", machine()?, dir.display(), args.runs);
+    let under = tempfile::Builder::new().prefix("potluck-bench-").tempdir_in(&dir)?;
+    for what in [What::Share, What::Transfer, What::Index] {
+        if args.what != What::All && args.what != what {
+            continue;
+        }
+        let dir = under.path().join(format!("{}", what as u8));
+        fs::create_dir(&dir)?;
+        let setting = Setting { potluck: potluck.clone(), dir, size, runs: args.runs };
+        match what {
+            What::Share => share::run(&setting)?,
+            What::Transfer => transfer::run(&setting)?,
+            _ => index::run(&setting, args.registrations)?,
+        }
+        fs::remove_dir_all(&setting.dir)?;
+    }
+    Ok(())
+}
+
+/// Bytes that may be written under `dir`.
+fn room(dir: &Path) -> Result<u64> {
+    let fs = rustix::fs::statvfs(dir).with_context(|| format!("cannot use {}", dir.display()))?;
+    Ok(fs.f_bavail * fs.f_frsize)
+}
+
+/// Processor, cores, kernel, and how busy it is.
+fn machine() -> Result<String> {
+    let cpu = fs::read_to_string("/proc/cpuinfo")?;
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let load = fs::read_to_string("/proc/loadavg")?;
+    Ok(format!(
+        "{} × {}, Linux {}, load {} before",
+        std::thread::available_parallelism()?,
+        model.unwrap_or(std::env::consts::ARCH),
+        kernel.trim(),
+        load.split(' ').next().unwrap_or_default(),
+    ))
+}
+
+/// Makes a file of bytes that nowhere repeat; its hash.
+fn make_up(path: &Path, size: u64) -> Result<blake3::Hash> {
+    let mut stream = blake3::Hasher::new().update(b"potluck bench").finalize_xof();
+    let mut file = File::create_new(path)?;
+    let (mut hasher, mut left) = (blake3::Hasher::new(), size);
+    let mut chunk = vec![0; CHUNK];
+    while left > 0 {
+        let some = &mut chunk[..left.min(CHUNK as u64) as usize];
+        stream.fill(some);
+        hasher.update(some);
+        file.write_all(some)?;
+        left -= some.len() as u64;
+    }
+    file.sync_all()?;
+    Ok(hasher.finalize())
+}
+
+/// Fails unless the file at `path` has this hash.
+fn check(path: &Path, expected: blake3::Hash) -> Result<()> {
+    let (mut file, mut hasher) = (File::open(path)?, blake3::Hasher::new());
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match file.read(&mut chunk)? {
+            0 => break,
+            n => hasher.update(&chunk[..n]),
+        };
+    }
+    ensure!(hasher.finalize() == expected, "{} is not what was sent", path.display());
+    Ok(())
+}
+
+/// All runs of one way to do something.
+#[derive(Default)]
+struct Runs(Vec<Cost>);
+
+impl Runs {
+    fn seconds(&self) -> f64 {
+        median(self.0.iter().map(|cost| cost.seconds))
+    }
+
+    /// MB (10⁶ bytes) a second.
+    fn rate(&self, size: u64) -> f64 {
+        size as f64 / 1e6 / self.seconds()
+    }
+
+    fn median(&self, of: impl Fn(&Cost) -> f64) -> f64 {
+        median(self.0.iter().map(of))
+    }
+
+    /// What others used of the machine meanwhile, in percent.
+    fn others(&self) -> String {
+        let worst = self.0.iter().map(|cost| cost.others).fold(0.0, f64::max);
+        let median = median(self.0.iter().map(|cost| cost.others));
+        format!("{:.0} % (at most {:.0})", 100.0 * median, 100.0 * worst)
+    }
+}
