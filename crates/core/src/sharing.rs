@@ -575,7 +575,7 @@ impl Sharing {
         let Some(line) = self.lines.get_mut(&host) else { return };
         line.sending.retain(|s| s.content != content);
         let left = line.sending.iter().map(|s| u64::from(s.bytes)).sum();
-        let freed = line.sending_bytes - std::mem::replace(&mut line.sending_bytes, left);
+        let freed = std::mem::replace(&mut line.sending_bytes, left) - left;
         self.sending -= if line.stuck { 0 } else { freed };
         if let Some(member) = self.members.get_mut(&line.peer) {
             member.rota.retain(|channel| *channel != (host, content));
