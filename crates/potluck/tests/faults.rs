@@ -125,6 +125,24 @@ fn a_killed_fetcher_goes_on_by_itself_from_what_it_had() {
     assert_eq!(status.received, LONG as u64 - here, "only the rest was fetched");
 }
 
+#[test]
+fn an_interrupted_fetch_pauses_and_goes_on() {
+    let Table { dir: _dir, index: _index, peers: [alice, bob] } = table(["alice", "bob"]);
+    let bytes = made_up(LONG);
+    let id = alice.shares("film", &bytes);
+    let get = begins_to_get(&bob, &id, &[]);
+    alice.stands_still(); // so that it is not complete before it pauses
+    get.is_interrupted();
+    let (code, last) = get.ends();
+    assert_eq!(code, 130);
+    assert_eq!(last.failure().unwrap().exit_code(), 130);
+    until("a pause", || bob.hosts().pop().filter(|content| content.state == "paused"));
+    alice.goes_on();
+    let (at, from) = bob.gets("film");
+    is_same(&at, &bytes);
+    assert_eq!(sum(&from), LONG as u64, "what came before the pause is not fetched again");
+}
+
 /// Bytes a process has read by system calls.
 fn bytes_read(pid: u32) -> u64 {
     let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
