@@ -83,6 +83,10 @@ impl Machine {
         if verb == "up" {
             command.args(["--label", name]);
         }
+        for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL"] {
+            command.env_remove(name);
+        }
+        command.env("POTLUCK_LOG", "warn");
         // The pipe to its stdin is its leash: it ends with this process, however that ends.
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = Running(command.spawn().with_context(|| format!("cannot run {name}"))?);

@@ -33,7 +33,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// The longest a question waits in all, with or without keys.
 const PATIENCE: Duration = Duration::from_secs(14);
-/// A question without keys to send it with fails after this, when fetching keys fails.
+/// A question that got no answer so far fails after this, when fetching keys fails as well.
 const KEYLESS_PATIENCE: Duration = Duration::from_secs(3);
 /// Fetching keys is tried again after this, at first and at most.
 const SESSION_WAITS: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -286,9 +286,12 @@ impl Link {
         let jitter = self.dice.below(wait.as_micros() as u64 / 2 + 1);
         self.desk = Desk::RetryAt(now + wait + Duration::from_micros(jitter));
         self.lose();
-        if self.keys.is_none() {
-            self.give_up(|question| now.since(question.asked) >= KEYLESS_PATIENCE);
-        }
+        // Neither desk nor UDP answers: who waited a while is told.
+        let keyless = self.keys.is_none();
+        self.give_up(|question| {
+            now.since(question.asked) >= KEYLESS_PATIENCE
+                && (keyless || question.tries > TRIES_BEFORE_SESSION)
+        });
     }
 
     /// Asks the index something; [`Output::Answered`] follows in any case.

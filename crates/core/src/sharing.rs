@@ -21,7 +21,9 @@ use grants::{Grants, Outflow};
 
 /// So many pieces are with connections, being sent, or what goes out in [`SENDING_AHEAD`] if that
 /// is more: first come, first served, so that a piece is whole somewhere soon and can travel on.
-const SENDING: u64 = 2;
+const SENDING: u64 = 1;
+/// … of which, on one line, so many: a line that is stuck holds no more.
+const SENDING_EACH: u64 = 2;
 /// See [`SENDING`].
 const SENDING_AHEAD: Duration = Duration::from_millis(10);
 /// So many pieces wait in the queue, or what goes out in [`QUEUE_AHEAD`] if that is more. Whoever is
@@ -41,8 +43,13 @@ const BUSY_LEAST: Duration = Duration::from_millis(5);
 const BUSY_MOST: Duration = Duration::from_secs(2);
 /// … and this while our speed is unknown.
 const BUSY_FIRST: Duration = Duration::from_millis(20);
-/// A piece that its socket does not take in this time blocks nobody else any more.
-const STUCK: Duration = Duration::from_millis(50);
+/// A line is stuck, and blocks nobody else any more, when its socket has not taken a piece in so
+/// many times what all that is being sent should take, …
+const STUCK_TIMES: u64 = 3;
+/// … in this at the least, …
+const STUCK_LEAST: Duration = Duration::from_millis(5);
+/// … and in this while our speed is unknown.
+const STUCK_FIRST: Duration = Duration::from_millis(50);
 /// Time is looked at so often while anything is under way.
 const TICK: Duration = Duration::from_millis(50);
 /// The index is told the rate of the last so long.
@@ -106,6 +113,7 @@ pub struct Sharing {
     sending: u64,
     /// Fair queueing: what the member served last had been served, so that who comes new starts there.
     turn: u64,
+    comings: u64,
     pace: Pace,
     meter: Meter,
     tick_at: Option<Moment>,
@@ -153,6 +161,8 @@ struct Member {
     lines: usize,
     /// Bytes served, on the scale of `Sharing::turn`.
     served: u64,
+    /// Among those served equally, who came first is first.
+    came: u64,
     /// Channels with something waiting, whose turn comes in this order.
     rota: VecDeque<(Host, u32)>,
     waiting: usize,
@@ -180,7 +190,8 @@ impl Sharing {
             waiting: 0,
             sending: 0,
             turn: 0,
-            pace: Pace::default(),
+            comings: 0,
+            pace: Pace::of_sockets(),
             meter: Meter::default(),
             tick_at: None,
             counts: Counts::default(),
@@ -249,7 +260,7 @@ impl Sharing {
             sending: VecDeque::new(),
             sending_bytes: 0,
             stuck: false,
-            pace: Pace::default(),
+            pace: Pace::of_sockets(),
         };
         self.lines.insert(host, line);
         self.members.entry(peer).or_default().lines += 1;
@@ -361,12 +372,10 @@ impl Sharing {
 
     /// Time passed.
     pub fn tick(&mut self, now: Moment) {
-        // With a slow uplink everything is slow, and nobody in particular is stuck.
-        let usual = self.pace.time_for(4 * self.sending).unwrap_or(5 * STUCK);
+        let patience = self.patience();
         for line in self.lines.values_mut() {
             let waited = line.sending.front().map_or(Duration::ZERO, |s| now.since(s.since));
-            let stuck = waited >= STUCK.max(usual);
-            if stuck && !line.stuck {
+            if waited >= patience && !line.stuck {
                 line.stuck = true;
                 self.sending -= line.sending_bytes;
             }
@@ -375,7 +384,7 @@ impl Sharing {
         let outflow = self.outflow();
         for shared in self.contents.values_mut() {
             if let Some(grants) = &mut shared.grants {
-                grants.tick(now, outflow);
+                self.counts.withdrawn += grants.tick(now, outflow);
             }
         }
         self.tick_at = None;
@@ -389,7 +398,16 @@ impl Sharing {
 
     /// When [`Sharing::tick`] is due.
     pub fn next_deadline(&self) -> Option<Moment> {
-        self.tick_at
+        let patience = self.patience();
+        let unstuck = self.lines.values().filter(|l| !l.stuck);
+        let stuck = unstuck.filter_map(|l| l.sending.front()).map(|s| s.since + patience).min();
+        [self.tick_at, stuck].into_iter().flatten().min()
+    }
+
+    /// How long a line may take for a piece before it counts as stuck.
+    fn patience(&self) -> Duration {
+        let usual = self.pace.time_for(STUCK_TIMES * self.sending);
+        usual.map_or(STUCK_FIRST, |usual| usual.max(STUCK_LEAST))
     }
 
     /// How busy we are, for the index.
@@ -519,6 +537,8 @@ impl Sharing {
         opener.queue.push_back(piece);
         if member.waiting == 0 {
             member.served = member.served.max(self.turn);
+            self.comings += 1;
+            member.came = self.comings;
         }
         member.waiting += 1;
         member.waiting_bytes += bytes;
@@ -574,8 +594,8 @@ impl Sharing {
         }
         let Some(line) = self.lines.get_mut(&host) else { return };
         line.sending.retain(|s| s.content != content);
-        let left = line.sending.iter().map(|s| u64::from(s.bytes)).sum();
-        let freed = line.sending_bytes - std::mem::replace(&mut line.sending_bytes, left);
+        let left: u64 = line.sending.iter().map(|s| u64::from(s.bytes)).sum();
+        let freed = std::mem::replace(&mut line.sending_bytes, left) - left;
         self.sending -= if line.stuck { 0 } else { freed };
         if let Some(member) = self.members.get_mut(&line.peer) {
             member.rota.retain(|channel| *channel != (host, content));
@@ -594,6 +614,7 @@ impl Sharing {
 
     /// `piece` is with the line no more; its bytes, if it was.
     fn unload(&mut self, now: Moment, host: Host, content: u32, piece: Piece) -> Option<u32> {
+        let patience = self.patience();
         let line = self.lines.get_mut(&host)?;
         let at = line.sending.iter().position(|s| s.content == content && s.piece == piece)?;
         let done = line.sending.remove(at)?;
@@ -603,7 +624,7 @@ impl Sharing {
         }
         match line.stuck {
             false => self.sending -= u64::from(done.bytes),
-            true if now.since(done.since) < STUCK => {
+            true if now.since(done.since) < patience => {
                 line.stuck = false;
                 self.sending += line.sending_bytes;
             }
@@ -677,15 +698,16 @@ impl Sharing {
     /// Whose turn it is, and which of its channels': the member served least, among those with
     /// something waiting for a line that has room.
     fn next_served(&self) -> Option<(PeerId, usize)> {
-        let mut best: Option<(u64, PeerId, usize)> = None;
+        let mut best: Option<((u64, u64), PeerId, usize)> = None;
         for (peer, member) in &self.members {
-            if member.waiting == 0 || best.is_some_and(|(served, ..)| served <= member.served) {
+            let rank = (member.served, member.came);
+            if member.waiting == 0 || best.is_some_and(|(first, ..)| first < rank) {
                 continue;
             }
             let turn =
                 member.rota.iter().position(|(host, content)| self.has_room(*host, *content));
             if let Some(turn) = turn {
-                best = Some((member.served, *peer, turn));
+                best = Some((rank, *peer, turn));
             }
         }
         best.map(|(_, peer, turn)| (peer, turn))
@@ -697,13 +719,16 @@ impl Sharing {
         else {
             return false;
         };
-        if shared.openers.get(&host).is_none_or(|opener| opener.wanted.is_empty()) {
-            return false;
-        }
+        let opener = shared.openers.get(&host).filter(|opener| !opener.wanted.is_empty());
+        let Some(opener) = opener else { return false };
+        let next = opener.queue.iter().copied().find(|p| opener.wanted.contains(p));
+        let bytes = u64::from(next.map_or(0, |piece| shared.layout.len_of(piece)));
         let size = u64::from(shared.layout.piece_size());
-        let most = |pace: &Pace| (SENDING * size).max(pace.within(SENDING_AHEAD));
-        line.sending_bytes + size <= most(&line.pace)
-            && (line.stuck || self.sending + size <= most(&self.pace))
+        let fits = |sending: u64, pieces: u64, pace: &Pace| {
+            sending + bytes <= (pieces * size).max(pace.within(SENDING_AHEAD))
+        };
+        fits(line.sending_bytes, SENDING_EACH, &line.pace)
+            && (line.stuck || fits(self.sending, SENDING, &self.pace))
     }
 
     /// Gives the next piece of this member's channel to its line.
@@ -720,6 +745,8 @@ impl Sharing {
         }
         self.turn = member.served;
         member.served += u64::from(bytes);
+        self.comings += 1;
+        member.came = self.comings;
         self.unqueue(host, content, piece);
         let Some(line) = self.lines.get_mut(&host) else { return };
         line.sending.push_back(Sending { content, piece, bytes, since: now });

@@ -19,11 +19,14 @@ use crate::time::{Duration, Moment};
 use crate::wire::stream::MAX_PIECES as MOST_IN_FRAME;
 use neighbour::Neighbour;
 
-/// All hosts together are asked ahead for this many pieces, or for what comes in [`AHEAD`] if that
-/// is more. More would bind pieces to hosts too early (see DESIGN.md).
+/// All hosts together are asked ahead for this many pieces, or for what comes in [`AHEAD`] besides
+/// the quickest answer if that is more. More would bind pieces to hosts too early (see DESIGN.md).
+///
+/// What comes in is taken at its best of late: asking for less because little comes would make it
+/// less still, and a peer that fell behind once would stay behind.
 const LEAST_AHEAD_PIECES: u64 = 8;
 /// See [`LEAST_AHEAD_PIECES`].
-const AHEAD: Duration = Duration::from_millis(40);
+const AHEAD: Duration = Duration::from_millis(20);
 /// A host that let us wait too long is left alone for so long.
 const REST: Duration = Duration::from_secs(2);
 /// A host that let us wait so often in a row, without a piece between, is dropped.
@@ -32,7 +35,7 @@ const MOST_STALLS: u8 = 3;
 const MOST_BUSY: Duration = Duration::from_secs(5);
 /// A granting host that grants and sends nothing for so long is asked like any other.
 const GRANTS_LAPSE: Duration = Duration::from_secs(2);
-/// New pieces are announced together, so long after the first of them.
+/// Pieces are announced at once, but no more often than this: then together.
 const ANNOUNCE: Duration = Duration::from_millis(10);
 /// In the endgame it is looked again at who lags, so often.
 const ENDGAME: Duration = Duration::from_millis(20);
@@ -153,7 +156,6 @@ pub struct Swarm {
     /// The pieces on offer: missing, and asked of nobody. Copies: hosts that told us they hold one.
     rarity: Rarity,
     asked: BTreeMap<Piece, Askers>,
-    asked_bytes: u64,
     pace: Pace,
     /// New pieces not announced yet, and when they will be.
     news: Vec<Piece>,
@@ -196,8 +198,7 @@ impl Swarm {
             hosts: BTreeMap::new(),
             rarity,
             asked: BTreeMap::new(),
-            asked_bytes: 0,
-            pace: Pace::default(),
+            pace: Pace::of_all(),
             news: Vec::new(),
             announce_at: Moment::ZERO,
             look_at: Moment::ZERO,
@@ -303,9 +304,6 @@ impl Swarm {
         self.pace.add(now, bytes);
         match arrived {
             Arrived::New | Arrived::Duplicate => {
-                if asked {
-                    self.asked_bytes -= u64::from(bytes);
-                }
                 self.hold(now, host, piece, bytes);
             }
             Arrived::Bad => {
@@ -360,7 +358,7 @@ impl Swarm {
             }
         }
         if !self.news.is_empty() && self.announce_at <= now {
-            self.announce();
+            self.announce(now);
         }
         if !self.have.is_full() && self.look_at <= now {
             if self.hosts.len() < ENOUGH_HOSTS || self.unheld() > 0 {
@@ -509,16 +507,13 @@ impl Swarm {
                 "{piece:?}: held, on offer, asked: {states:?}"
             );
         }
-        let mut bytes = 0;
         for (piece, askers) in &self.asked {
             let mut hosts = vec![askers.first];
             hosts.extend(askers.second);
             hosts.sort_unstable();
             assert_eq!(outstanding.remove(piece), Some(hosts.clone()), "askers of {piece:?}");
-            bytes += u64::from(self.layout.len_of(*piece)) * hosts.len() as u64;
         }
         assert!(outstanding.is_empty(), "asked and forgotten: {outstanding:?}");
-        assert_eq!(bytes, self.asked_bytes, "bytes asked for");
         assert!(!self.paused || self.asked.is_empty(), "paused, yet pieces are asked for");
         assert!(self.asks.is_empty(), "asks that were never said");
     }
@@ -560,7 +555,6 @@ impl Swarm {
         self.retract(piece);
         let Some(n) = self.hosts.get_mut(&host) else { return };
         n.ask(now, piece, bytes);
-        self.asked_bytes += u64::from(bytes);
         self.pace.start(now);
         self.asked
             .entry(piece)
@@ -573,7 +567,6 @@ impl Swarm {
     /// if it was asked of nobody else.
     fn release(&mut self, now: Moment, host: Host, piece: Piece) {
         let Some(askers) = self.asked.get_mut(&piece) else { return };
-        self.asked_bytes -= u64::from(self.layout.len_of(piece));
         match (askers.first == host, askers.second) {
             (true, Some(second)) => *askers = Askers { first: second, second: None },
             (true, None) => {
@@ -602,7 +595,6 @@ impl Swarm {
         if let Some(askers) = self.asked.remove(&piece) {
             for other in [Some(askers.first), askers.second].into_iter().flatten() {
                 if self.hosts.get_mut(&other).is_some_and(|n| n.take_back(now, piece)) {
-                    self.asked_bytes -= u64::from(bytes);
                     self.cancel(other, vec![piece]);
                 }
             }
@@ -610,19 +602,17 @@ impl Swarm {
         if self.asked.is_empty() {
             self.pace.stop(now);
         }
-        if self.news.is_empty() {
-            self.announce_at = now + ANNOUNCE;
-        }
         self.news.push(piece);
         if self.have.is_full() {
-            self.announce();
+            self.announce(now);
             self.outputs.push_back(Output::Complete);
-        } else if self.news.len() >= MOST_IN_FRAME {
-            self.announce();
+        } else if self.announce_at <= now || self.news.len() >= MOST_IN_FRAME {
+            self.announce(now);
         }
     }
 
-    fn announce(&mut self) {
+    fn announce(&mut self, now: Moment) {
+        self.announce_at = now + ANNOUNCE;
         self.outputs.push_back(Output::Announce(std::mem::take(&mut self.news)));
     }
 
@@ -692,18 +682,27 @@ impl Swarm {
     fn freest(&mut self, now: Moment) -> Option<Host> {
         let piece_size = self.layout.piece_size();
         let least = LEAST_AHEAD_PIECES * u64::from(piece_size);
+        // What hosts grant, they ration themselves.
+        let chosen = self.hosts.values().filter(|n| n.grants.is_none());
+        let (chosen, asked) =
+            chosen.fold((0, 0), |(count, sum), n| (count + 1, sum + n.asked_bytes()));
+        let quickest =
+            self.hosts.values().filter_map(Neighbour::quickest).min().unwrap_or_default();
+        let all = least.max(self.pace.within_at_best(AHEAD + quickest));
+        if asked + u64::from(piece_size) > all {
+            return None;
+        }
         let mut best: Option<(u64, Host)> = None;
         let mut ties = 1;
         for (host, n) in &self.hosts {
             if n.open.is_empty() || n.grants.is_some() || !n.is_ready(now) {
                 continue;
             }
-            let all = least.max(self.pace.within(AHEAD + n.quickest()));
-            let window = n.window(piece_size);
+            let window = n.window(piece_size).max(all / chosen);
             // A wide window is filled in steps, so that asks travel together.
             let step = if self.asks.contains_key(host) { 0 } else { window / 8 };
             let ahead = n.asked_bytes() + u64::from(piece_size).max(step);
-            if ahead > window || self.asked_bytes + u64::from(piece_size) > all {
+            if ahead > window {
                 continue;
             }
             let fullness = ahead * 1_024 / window;

@@ -311,7 +311,7 @@ impl Hands {
                 let terms = invite_terms(role, uses, Duration::from_secs(valid_s));
                 Ok(invited_event(&self.invite(terms)?, uses, valid_s, role))
             }
-            Request::Members => Ok(members_event(self.members()?)),
+            Request::Members => Ok(members_event(&self.members()?)),
             Request::RemoveMember { who } => {
                 let removal = match removal(&who) {
                     Some(removal) => removal?,

@@ -3,133 +3,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
+mod common;
+
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
-use potluck::control::{ContentStatus, Event, Row};
-
-/// The program with a state folder of its own and no settings of whoever runs the tests.
-fn potluck(state: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_potluck"));
-    for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LOG"] {
-        command.env_remove(name);
-    }
-    command.env("POTLUCK_STATE", state).stdin(Stdio::null());
-    command
-}
-
-/// What was printed with `--json`; every line must be an event that this version knows.
-fn events(output: &Output) -> Vec<Event> {
-    let text = String::from_utf8(output.stdout.clone()).unwrap();
-    text.lines()
-        .map(|line| {
-            assert!(line.starts_with(r#"{"v":1,"event":""#), "{line}");
-            let event = Event::from_line(line).unwrap();
-            assert_ne!(event, Event::Unknown, "{line}");
-            event
-        })
-        .collect()
-}
-
-/// One machine: a folder with its state and what it has, and the process that serves it.
-struct Machine {
-    home: PathBuf,
-    child: Child,
-    /// Kept open, so that what it prints at its end has somewhere to go.
-    stdout: BufReader<ChildStdout>,
-    ready: Event,
-}
-
-impl Machine {
-    fn start(under: &Path, name: &str, verb: &str) -> Self {
-        let home = under.join(name);
-        fs::create_dir(&home).unwrap();
-        let mut command = potluck(&home.join("state"));
-        command.args([verb, "--json", "--leash", "--listen", "127.0.0.1:0"]);
-        if verb == "up" {
-            command.args(["--label", name]);
-        }
-        // The pipe to its stdin is its leash: it ends with this test, however that ends.
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        stdout.read_line(&mut line).unwrap();
-        let ready = Event::from_line(&line).unwrap();
-        assert!(matches!(ready, Event::Ready { .. }), "{name}: {line}");
-        Self { home, child, stdout, ready }
-    }
-
-    /// Runs a verb here; its exit code and its events.
-    fn run(&self, args: &[&str]) -> (i32, Vec<Event>) {
-        let mut command = potluck(&self.home.join("state"));
-        let output = command.arg("--json").args(args).current_dir(&self.home).output().unwrap();
-        (output.status.code().unwrap(), events(&output))
-    }
-
-    /// The result of a verb that must succeed.
-    fn does(&self, args: &[&str]) -> Event {
-        let (code, mut events) = self.run(args);
-        assert_eq!(code, 0, "{args:?}: {events:?}");
-        events.pop().unwrap()
-    }
-
-    /// The exit code of a verb that must fail, which its last event tells as well.
-    fn fails(&self, args: &[&str]) -> i32 {
-        let (code, events) = self.run(args);
-        let failure = events.last().and_then(Event::failure).unwrap();
-        assert_eq!(i32::from(failure.exit_code()), code, "{failure}");
-        code
-    }
-
-    /// Fetches; where it is, and who sent how much.
-    fn gets(&self, what: &str) -> (PathBuf, Vec<(String, u64)>) {
-        match self.does(&["get", what]) {
-            Event::Done { path, sources, .. } => {
-                (path, sources.into_iter().map(|source| (source.label, source.bytes)).collect())
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn lists(&self) -> Vec<Row> {
-        match self.does(&["ls"]) {
-            Event::Listing { rows } => rows,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn hosts(&self) -> Vec<ContentStatus> {
-        match self.does(&["status"]) {
-            Event::Status(status) => status.contents,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// Leaves, and is gone when this returns.
-    fn leaves(mut self) {
-        assert_eq!(self.does(&["down"]), Event::Stopping);
-        assert!(self.child.wait().unwrap().success());
-        let last = self.stdout.by_ref().lines().map(Result::unwrap).last().unwrap();
-        assert_eq!(Event::from_line(&last), Ok(Event::Stopping));
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Bytes that are the same in every run and nowhere repeat.
-fn made_up(length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    blake3::Hasher::new().update(b"story").finalize_xof().fill(&mut bytes);
-    bytes
-}
+use common::{Machine, made_up, potluck};
+use potluck::control::{Event, Row};
 
 #[test]
 fn whoever_fetches_hosts_and_the_publisher_may_leave() {

@@ -489,7 +489,7 @@ impl Invited {
         if self.used >= self.terms.uses {
             let uses = self.terms.uses;
             let text =
-                format!("this invitation was for {uses}, and used as often: ask for another");
+                format!("as many machines as it is for ({uses}) have joined by this invitation");
             return Err(refuse(DeskCode::UsedUp, text));
         }
         Ok(())

@@ -24,7 +24,7 @@ const OPEN_AHEAD: Duration = Duration::from_millis(20);
 /// A reader of whose fresh pieces so many were not seen elsewhere yet gets no more of them …
 const UNSPREAD: u64 = 4;
 /// … or as many as are its part in this time: a piece needs as long to get about and be told of.
-const SPREAD_TIME: Duration = Duration::from_millis(50);
+const SPREAD_TIME: Duration = Duration::from_millis(100);
 /// A grant that is not taken in this time is withdrawn …
 const NOT_TAKEN: Duration = Duration::from_secs(1);
 /// … and its reader is granted nothing for so long.
@@ -36,6 +36,15 @@ const NOT_SENT: Duration = Duration::from_secs(2);
 const NOT_ANNOUNCED: Duration = Duration::from_secs(5);
 /// What a reader declined, or we withdrew, is not granted to it again for so long.
 const DECLINED: Duration = Duration::from_secs(2);
+
+/// Whenever we have nothing to do though readers lack pieces, the limits above were too narrow: the
+/// network is slow to answer, or readers cannot reach each other. Then they widen by this many
+/// [`UNSTRETCHED`]ths, and narrow by one whenever we are busy.
+const WIDEN: u64 = 32;
+/// See [`WIDEN`].
+const UNSTRETCHED: u64 = 64;
+/// The limits are never wider than 32 times.
+const MOST_STRETCHED: u64 = 32 * UNSTRETCHED;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -94,6 +103,8 @@ pub(super) struct Grants {
     unspread: BTreeMap<Piece, PeerId>,
     /// Two readers or more lack something.
     granting: bool,
+    /// By how much the limits are widened, in [`UNSTRETCHED`]ths.
+    stretch: u64,
 }
 
 impl Grants {
@@ -106,6 +117,7 @@ impl Grants {
             rarity,
             unspread: BTreeMap::new(),
             granting: false,
+            stretch: UNSTRETCHED,
         }
     }
 
@@ -307,8 +319,12 @@ impl Grants {
         if !self.granting {
             return grants;
         }
+        self.stretch = match outflow.idle && !self.readers.values().all(|r| r.lacks.is_empty()) {
+            true => (self.stretch + WIDEN).min(MOST_STRETCHED),
+            false => self.stretch.saturating_sub(1).max(UNSTRETCHED),
+        };
         let size = u64::from(self.layout.piece_size());
-        let all = (OPEN_ALL * size).max(outflow.within(OPEN_AHEAD));
+        let all = self.stretched((OPEN_ALL * size).max(outflow.within(OPEN_AHEAD)));
         let mut open: u64 = self.readers.values().map(|r| r.open).sum();
         while open + size <= all {
             let idle = outflow.idle && open == 0;
@@ -329,6 +345,10 @@ impl Grants {
         grants
     }
 
+    const fn stretched(&self, bytes: u64) -> u64 {
+        bytes * self.stretch / UNSTRETCHED
+    }
+
     /// Who is to be granted something next. With nothing else to do, also one that does not pass
     /// things on: perhaps nobody can reach it but us.
     fn next_reader(
@@ -340,8 +360,8 @@ impl Grants {
     ) -> Option<PeerId> {
         let size = u64::from(self.layout.piece_size());
         let part = Outflow { rate: outflow.rate / self.readers.len().max(1) as u64, ..outflow };
-        let each = (OPEN_EACH * size).max(part.within(OPEN_AHEAD));
-        let unspread = (UNSPREAD * size).max(part.within(SPREAD_TIME));
+        let each = self.stretched((OPEN_EACH * size).max(part.within(OPEN_AHEAD)));
+        let unspread = self.stretched((UNSPREAD * size).max(part.within(SPREAD_TIME)));
         let fits = |reader: &&Reader| {
             // A wide window is filled in steps, so that grants travel together.
             let begun = reader.hosts.iter().any(|host| grants.contains_key(host));
@@ -358,8 +378,10 @@ impl Grants {
             .map(|(peer, _)| *peer)
     }
 
-    /// Withdraws what was not taken, forgets what was not announced, offers again what was declined.
-    pub(super) fn tick(&mut self, now: Moment, outflow: Outflow) {
+    /// Withdraws what was not taken (returns how many), forgets what was not announced, offers again
+    /// what was declined.
+    pub(super) fn tick(&mut self, now: Moment, outflow: Outflow) -> u64 {
+        let mut withdrawn = 0;
         let open: u64 = self.readers.values().map(|r| r.open).sum();
         let sending = open.saturating_mul(1_000).checked_div(outflow.rate).unwrap_or(0);
         let not_sent = NOT_SENT.max(Duration::from_millis(4 * sending));
@@ -392,11 +414,14 @@ impl Grants {
                 .filter(|(_, grant)| late(grant))
                 .map(|(piece, grant)| (*piece, grant.stage))
                 .collect();
-            if lapsed.iter().any(|(_, stage)| *stage == Stage::Granted) {
+            let not_taken = lapsed.iter().filter(|(_, stage)| *stage == Stage::Granted).count();
+            if not_taken > 0 {
                 reader.rest = now + REST;
+                withdrawn += not_taken as u64;
             }
             lapsed.iter().for_each(|(piece, _)| self.on_declined(now, peer, *piece));
         }
+        withdrawn
     }
 
     /// Whether time will change anything: [`Grants::tick`] is needed now and then.

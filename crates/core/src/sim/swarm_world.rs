@@ -22,8 +22,10 @@ use crate::time::{Duration, Moment};
 
 /// What goes onto a link at once.
 const CHUNK: u32 = 16 << 10;
-/// What a socket holds, sent but not acknowledged, besides what its delay asks for.
-const WINDOW: u64 = 64 << 10;
+/// What a socket holds that is not on the line yet (`TCP_NOTSENT_LOWAT`).
+const UNSENT: u64 = 32 << 10;
+/// What a socket has on its way and not acknowledged, besides what its delay asks for.
+const WINDOW: u64 = 128 << 10;
 /// Hash a piece and write it.
 const VERIFY: Nanos = 300_000;
 /// Ask the index for hosts.
@@ -127,6 +129,12 @@ pub struct Report {
     pub bad: BTreeMap<(usize, usize), u32>,
     /// Who dropped whom, and why.
     pub dropped: Vec<(usize, usize, Why)>,
+    /// What each person's fetching of each content counted.
+    pub fetched: Vec<BTreeMap<u32, swarm::Counts>>,
+    /// What each person's sharing counted.
+    pub shared: Vec<sharing::Counts>,
+    /// When each person had sent each full copy of all contents, in bytes.
+    pub copies_at: Vec<Vec<Duration>>,
     /// Events handled.
     pub events: u64,
     /// Of everything that happened, in order: the same seed, the same digest.
@@ -230,6 +238,7 @@ struct Socket {
     buffer: VecDeque<Chunk>,
     /// In the send buffer or under way.
     unacknowledged: u64,
+    unsent: u64,
     window: u64,
     queued: bool,
 }
@@ -245,7 +254,7 @@ enum Event {
     Die(usize),
     /// The search or the dialling that `usize` began is through.
     Connect(usize, usize),
-    UplinkFree(usize),
+    UplinkFree(usize, usize),
     Arrives {
         from: usize,
         to: usize,
@@ -293,6 +302,7 @@ struct Peer {
     served: u32,
     sent: u64,
     duplicate: u64,
+    copies_at: Vec<Duration>,
     done: Option<Duration>,
 }
 
@@ -373,6 +383,13 @@ impl World {
             duplicate: self.peers.iter().map(|p| p.duplicate).collect(),
             bad: self.bad,
             dropped: self.dropped,
+            fetched: self
+                .peers
+                .iter()
+                .map(|p| p.swarms.iter().map(|(c, s)| (*c, s.counts())).collect())
+                .collect(),
+            shared: self.peers.iter().map(|p| p.sharing.counts()).collect(),
+            copies_at: self.peers.iter().map(|p| p.copies_at.clone()).collect(),
             events: self.handled,
             digest: self.digest,
         }
@@ -410,8 +427,9 @@ impl World {
             }
             Event::Die(p) => self.die(p),
             Event::Connect(a, b) => self.connect(a, b),
-            Event::UplinkFree(p) => {
+            Event::UplinkFree(p, to) => {
                 self.peers[p].uplink_busy = false;
+                self.pump(p, to);
                 self.uplink(p);
             }
             Event::Arrives { from, to, life, chunk } => {
@@ -543,7 +561,7 @@ impl World {
         let mut sent = Vec::new();
         let peer = &mut self.peers[from];
         let Some(socket) = peer.sockets.get_mut(&to) else { return };
-        while socket.unacknowledged < socket.window {
+        while socket.unacknowledged < socket.window && socket.unsent < UNSENT {
             let chunk = if let Some((content, piece, left)) = socket.writing {
                 let bytes = left.min(CHUNK);
                 let last = bytes == left;
@@ -569,6 +587,7 @@ impl World {
                 break;
             };
             socket.unacknowledged += u64::from(chunk.bytes);
+            socket.unsent += u64::from(chunk.bytes);
             socket.buffer.push_back(chunk);
         }
         if !socket.queued && !socket.buffer.is_empty() {
@@ -581,8 +600,11 @@ impl World {
             self.peers[from].sharing.on_sent(now, Host(to as u32), *content, *piece);
         }
         if !sent.is_empty() {
+            let all: u64 = self.layouts.iter().map(|l| l.total()).sum();
+            if self.peers[from].sent >= all * (self.peers[from].copies_at.len() as u64 + 1) {
+                self.peers[from].copies_at.push(Duration::from_nanos(self.now));
+            }
             if let Death::AfterCopies(thousandths) = self.peers[from].person.dies {
-                let all: u64 = self.layouts.iter().map(|l| l.total()).sum();
                 if self.peers[from].sent * 1_000 >= all * thousandths {
                     self.plan_at(self.now, Event::Die(from));
                     self.peers[from].person.dies = Death::Never;
@@ -601,6 +623,7 @@ impl World {
         let Some(to) = peer.ring.pop_front() else { return };
         let Some(socket) = peer.sockets.get_mut(&to) else { return };
         let Some(chunk) = socket.buffer.pop_front() else { return };
+        socket.unsent -= u64::from(chunk.bytes);
         socket.queued = !socket.buffer.is_empty();
         if socket.queued {
             peer.ring.push_back(to);
@@ -609,7 +632,7 @@ impl World {
         let took = u64::from(chunk.bytes) * 1_000_000_000 / peer.person.line.up;
         let Some(life) = peer.connected.get(&to).copied() else { return };
         let arrives = self.now + took + self.delay(p, to);
-        self.plan_at(self.now + took, Event::UplinkFree(p));
+        self.plan_at(self.now + took, Event::UplinkFree(p, to));
         self.plan_at(arrives, Event::Arrives { from: p, to, life, chunk });
     }
 
@@ -846,6 +869,7 @@ impl Peer {
             served: 0,
             sent: 0,
             duplicate: 0,
+            copies_at: Vec::new(),
             done: person.wants.is_empty().then_some(Duration::ZERO),
         }
     }

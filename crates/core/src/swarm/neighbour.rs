@@ -79,7 +79,7 @@ impl Neighbour {
             late: None,
             usual: None,
             quickest: None,
-            pace: Pace::default(),
+            pace: Pace::of_one(),
         }
     }
 
@@ -96,9 +96,9 @@ impl Neighbour {
         self.pace.rate()
     }
 
-    /// The shortest time an answer ever took; zero while unknown.
-    pub(super) fn quickest(&self) -> Duration {
-        self.quickest.unwrap_or_default()
+    /// The shortest time an answer ever took.
+    pub(super) const fn quickest(&self) -> Option<Duration> {
+        self.quickest
     }
 
     /// Whether it may be asked for anything now.
@@ -109,7 +109,7 @@ impl Neighbour {
     /// How many bytes to have outstanding here.
     pub(super) fn window(&self, piece_size: u32) -> u64 {
         (LEAST_PIECES * u64::from(piece_size))
-            .max(self.pace.within(AHEAD + self.quickest()).min(MOST_BYTES))
+            .max(self.pace.within(AHEAD + self.quickest.unwrap_or_default()).min(MOST_BYTES))
     }
 
     /// Notes that `piece` is asked for now.

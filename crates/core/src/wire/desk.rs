@@ -613,11 +613,12 @@ mod tests {
     #[test]
     fn what_is_out_of_range_is_refused() {
         let ask = |bytes: &[&[u8]]| Ask::decode(&bytes.concat()).is_ok();
-        assert!(ask(&[&[asked::SESSION, 0, 0, 0, 1, 1], b"x"]));
+        assert!(ask(&[&[asked::SESSION, 0, 0, 0, 1, 1], b"x\0\0"]));
         assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 2], b"x"]), "cut");
-        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 1], b"xx"]), "too long");
-        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 2], b" x"]), "blank");
-        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 64], &[b'x'; 64]]), "label");
+        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 1], b"xx\0\0"]), "too long");
+        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 1], b"x\0\x01x"]), "no certificate");
+        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 2], b" x\0\0"]), "blank");
+        assert!(!ask(&[&[asked::SESSION, 0, 0, 0, 1, 64], &[b'x'; 64], &[0, 0]]), "label");
         assert!(!ask(&[&[asked::INVITE, 4], &[0; 12]]), "role");
         assert!(!ask(&[&[asked::REMOVE, 2], &[0; 32]]), "neither");
         assert!(!ask(&[&[0]]) && !ask(&[]));

@@ -1,43 +1,31 @@
-//! Owns the fetching half of a peer: finding hosts, opening the content at them, metadata, the swarm
-//! of each content and what people who wait are told. Never decides which piece is asked of whom
-//! (the swarm machine does).
+//! Owns the fetching half of a peer: a content from the wish to the finished file, the swarm of each,
+//! the disk's troubles, and what people who wait are told. Never decides which piece is asked of whom
+//! (the swarm machine does); its neighbours are in `neighbours`.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use potluck_core::bitfield::Bitfield;
-use potluck_core::fault::{Backoff, Fault};
-use potluck_core::id::{ContentId, Kind, PeerId, Piece};
+use potluck_core::id::{ContentId, PeerId, Piece};
 use potluck_core::swarm::{Arrived, Host, Output, Swarm, Waiting, Why};
 use potluck_core::time::Moment;
-use potluck_core::wire::datagram::{Ack, Found, Request as Question, Search, Target};
-use potluck_core::wire::stream::{Channel, Goodbye, Side};
-use tracing::{debug, info, warn};
+use potluck_core::wire::datagram::Found;
+use potluck_core::wire::stream::{Channel, Goodbye, MAX_PIECES, Side};
+use tracing::{info, warn};
 
 use super::Replies;
-use super::engine::{Conn, Content, Engine, Phase, dice};
+use super::engine::{Content, Engine, Phase, dice};
+use super::neighbours::{Known, MAX_NEIGHBOURS, META_PATIENCE, Opened, SEARCH_EVERY};
 use super::notes::KnownName;
 use crate::clock;
 use crate::control::{Event, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Put, PutError, Replica};
-use crate::transfer::{Command, ConnId, Gone};
+use crate::transfer::{Command, ConnId};
 
-/// Neighbours of one content: more make no swarm faster.
-const MAX_NEIGHBOURS: usize = 16;
-/// Hosts remembered for one content.
-const MAX_KNOWN: usize = 256;
-/// A host that was asked for metadata and gave none for so long is left for another.
-const META_PATIENCE: Duration = Duration::from_secs(10);
-/// How often the index is asked for further hosts, while there are few.
-const SEARCH_EVERY: Duration = Duration::from_secs(3);
 /// How often a fetch that met a full disk tries again.
 const DISK_RETRY: Duration = Duration::from_secs(3);
-/// How long a host that sent a bad piece is not spoken to.
-const BAN: Duration = Duration::from_secs(600);
 
 /// A content being fetched.
 pub(super) struct Fetch {
@@ -47,16 +35,16 @@ pub(super) struct Fetch {
     pub(super) size: u64,
     /// Why it stands still by decision: a person's, or a failure's.
     pub(super) paused: Option<Error>,
-    overwrite: bool,
+    pub(super) overwrite: bool,
     askers: Vec<Asker>,
-    known: BTreeMap<PeerId, Known>,
-    opened: BTreeMap<ConnId, Opened>,
+    pub(super) known: BTreeMap<PeerId, Known>,
+    pub(super) opened: BTreeMap<ConnId, Opened>,
     /// Whom the metadata was asked of, and when.
-    meta: Option<(ConnId, Moment)>,
-    preparing: bool,
-    finishing: bool,
-    searching: bool,
-    next_search: Moment,
+    pub(super) meta: Option<(ConnId, Moment)>,
+    pub(super) preparing: bool,
+    pub(super) finishing: bool,
+    pub(super) searching: bool,
+    pub(super) next_search: Moment,
     /// When there last was a host that has something missing here.
     last_source: Moment,
     /// The disk was full: when to try again.
@@ -65,7 +53,7 @@ pub(super) struct Fetch {
     registered: bool,
     /// Verified bytes from each peer, and what it calls itself.
     got: BTreeMap<PeerId, (String, u64)>,
-    last_piece: BTreeMap<ConnId, Moment>,
+    pub(super) last_piece: BTreeMap<ConnId, Moment>,
 }
 
 /// Somebody who waits for a fetch.
@@ -73,29 +61,6 @@ pub(super) struct Asker {
     pub(super) replies: Replies,
     /// Gives up after so long without any source.
     pub(super) timeout: Duration,
-}
-
-/// A host heard of.
-struct Known {
-    address: SocketAddr,
-    conn: Option<ConnId>,
-    next_try: Moment,
-    backoff: Backoff,
-}
-
-/// A channel open for this content.
-struct Opened {
-    channel: u16,
-    /// The host's answer came.
-    answered: bool,
-    /// What it said before the swarm was there.
-    have: Option<Bitfield>,
-    more: BTreeSet<Piece>,
-    grants: Vec<Piece>,
-}
-
-const fn patience() -> Backoff {
-    Backoff::new(Duration::from_millis(500), Duration::from_secs(15))
 }
 
 impl Fetch {
@@ -173,7 +138,7 @@ impl Fetch {
         }
     }
 
-    fn fail(&mut self, error: &Error) {
+    pub(super) fn fail(&mut self, error: &Error) {
         for asker in self.askers.drain(..) {
             asker.replies.fail(error);
         }
@@ -203,7 +168,7 @@ impl Engine {
         }
     }
 
-    fn fetching(&self) -> Vec<ContentId> {
+    pub(super) fn fetching(&self) -> Vec<ContentId> {
         let fetching = |c: &Content| matches!(&c.phase, Phase::Fetching(_));
         self.contents.iter().filter(|(_, c)| fetching(c)).map(|(id, _)| *id).collect()
     }
@@ -313,211 +278,12 @@ impl Engine {
         }
     }
 
-    /// Asks the index who hosts `id`.
-    pub(super) fn locate(&mut self, id: ContentId) {
-        let Some(fetch) = self.fetch_mut(id) else { return };
-        if fetch.searching || fetch.paused.is_some() {
-            return;
-        }
-        fetch.searching = true;
-        fetch.next_search = clock::now() + SEARCH_EVERY;
-        let search = Search { target: Target::Id(id), hosts: Search::MAX_HOSTS };
-        self.ask(Question::Search(search), move |engine, answer| {
-            if let Some(fetch) = engine.fetch_mut(id) {
-                fetch.searching = false;
-                fetch.next_search = clock::now() + SEARCH_EVERY;
-            }
-            if let Ok(Ack::Found(found)) = answer {
-                engine.on_found(&found);
-            }
-        });
-    }
-
-    fn on_found(&mut self, found: &Found) {
-        self.learn(found.id, found.hosts.iter().map(|host| (host.peer, host.address)));
-    }
-
-    /// Other hosts know hosts as well: that way a lost index stops nothing.
-    pub(super) fn on_hosts(&mut self, id: ConnId, channel: u16, hosts: Vec<(PeerId, SocketAddr)>) {
-        let content = self.conns.get(&id).and_then(|conn| conn.ours.get(&channel).copied());
-        if let Some(content) = content {
-            self.learn(content, hosts);
-        }
-    }
-
-    fn learn(&mut self, id: ContentId, hosts: impl IntoIterator<Item = (PeerId, SocketAddr)>) {
-        let own = self.key.peer();
-        let Some(fetch) = self.fetch_mut(id) else { return };
-        for (peer, address) in hosts {
-            if peer == own || (fetch.known.len() >= MAX_KNOWN && !fetch.known.contains_key(&peer)) {
-                continue;
-            }
-            let known = fetch.known.entry(peer).or_insert_with(|| Known {
-                address,
-                conn: None,
-                next_try: Moment::ZERO,
-                backoff: patience(),
-            });
-            if known.address != address {
-                *known = Known {
-                    conn: known.conn,
-                    address,
-                    next_try: Moment::ZERO,
-                    backoff: patience(),
-                };
-            }
-        }
-        self.connect(id);
-    }
-
-    /// Connects to known hosts while there are fewer neighbours than wanted.
-    fn connect(&mut self, id: ContentId) {
-        let now = clock::now();
-        let banned = self.banned(now);
-        let Some(fetch) = self.fetch_mut(id) else { return };
-        if fetch.paused.is_some() || fetch.finishing {
-            return;
-        }
-        let connected = fetch.known.values().filter(|k| k.conn.is_some()).count();
-        let wanted: Vec<(PeerId, SocketAddr)> = fetch
-            .known
-            .iter()
-            .filter(|(peer, k)| k.conn.is_none() && k.next_try <= now && !banned.contains(peer))
-            .map(|(peer, k)| (*peer, k.address))
-            .take(MAX_NEIGHBOURS.saturating_sub(connected))
-            .collect();
-        for (peer, address) in wanted {
-            let conn = match self.connected_to(peer).map_or_else(|| self.dial(peer, address), Ok) {
-                Ok(conn) => conn,
-                Err(e) => return warn!(error = %e, "cannot dial"),
-            };
-            let up = self.conns.get(&conn).is_some_and(|c| c.up);
-            if let Some(known) = self.fetch_mut(id).and_then(|f| f.known.get_mut(&peer)) {
-                known.conn = Some(conn);
-            }
-            if up {
-                self.open_on(conn, id);
-            }
-        }
-    }
-
-    pub(super) fn on_up(&mut self, id: ConnId) {
-        let Some(peer) = self.conns.get(&id).map(|conn| conn.peer) else { return };
-        self.sharing.on_host(clock::now(), Self::host_of(id), peer);
-        for content in self.fetching() {
-            if self.fetch_mut(content).is_some_and(|f| f.known.contains_key(&peer)) {
-                self.open_on(id, content);
-            }
-        }
-    }
-
-    /// Opens `content` on a standing connection, unless it is open there or not wanted.
-    pub(super) fn open_on(&mut self, id: ConnId, content: ContentId) {
-        let now = clock::now();
-        let banned = self.banned(now);
-        let Some(conn) = self.conns.get_mut(&id) else { return };
-        let Some(Content { phase: Phase::Fetching(fetch), .. }) = self.contents.get_mut(&content)
-        else {
-            return;
-        };
-        // One channel a peer: a second connection to the same one brings nothing.
-        let before = fetch.known.get(&conn.peer).and_then(|known| known.conn).unwrap_or(id);
-        if fetch.paused.is_some()
-            || fetch.finishing
-            || banned.contains(&conn.peer)
-            || fetch.opened.contains_key(&id)
-            || fetch.opened.contains_key(&before)
-        {
-            return;
-        }
-        let channel = loop {
-            conn.next_channel = (conn.next_channel + 1) & 0x7fff;
-            if !conn.ours.contains_key(&conn.next_channel) {
-                break conn.next_channel;
-            }
-        };
-        conn.ours.insert(channel, content);
-        conn.connection.tell(Command::Open { channel, id: content });
-        let address = conn.address;
-        fetch.opened.insert(
-            id,
-            Opened {
-                channel,
-                answered: false,
-                have: None,
-                more: BTreeSet::new(),
-                grants: Vec::new(),
-            },
-        );
-        let known = fetch.known.entry(conn.peer).or_insert_with(|| Known {
-            address,
-            conn: None,
-            next_try: Moment::ZERO,
-            backoff: patience(),
-        });
-        known.conn = Some(id);
-    }
-
-    pub(super) fn on_opened(
+    pub(super) fn on_prepared(
         &mut self,
-        id: ConnId,
-        channel: u16,
-        size: u64,
-        manifest: u32,
-        _proof: u32,
+        content: ContentId,
+        from: ConnId,
+        result: Result<Arc<Replica>>,
     ) {
-        let Some(content) = self.ours(id, channel) else { return };
-        let Some(fetch) = self.fetch_mut(content) else { return };
-        let plausible = size == fetch.size && (manifest > 0) == (content.kind == Kind::Folder);
-        if !plausible {
-            debug!(content = ?content, size, "a host tells another size");
-            self.drop_host(id, Goodbye::Protocol, "the size is not the content's");
-            return;
-        }
-        if let Some(opened) = fetch.opened.get_mut(&id) {
-            opened.answered = true;
-        }
-        if fetch.swarm.is_some() {
-            self.attach(id, content);
-        } else {
-            self.want_meta(content);
-        }
-    }
-
-    /// Asks one of the hosts that answered for the metadata.
-    fn want_meta(&mut self, content: ContentId) {
-        let now = clock::now();
-        let Some(Content { phase: Phase::Fetching(fetch), .. }) = self.contents.get_mut(&content)
-        else {
-            return;
-        };
-        if fetch.meta.is_some() || fetch.preparing || fetch.swarm.is_some() {
-            return;
-        }
-        let Some((id, opened)) = fetch.opened.iter().find(|(_, o)| o.answered) else { return };
-        if let Some(conn) = self.conns.get(id) {
-            conn.connection.tell(Command::WantMeta { channel: opened.channel });
-            fetch.meta = Some((*id, now));
-        }
-    }
-
-    pub(super) fn on_meta(&mut self, id: ConnId, channel: u16, manifest: Vec<u8>, proof: Vec<u8>) {
-        let Some(content) = self.ours(id, channel) else { return };
-        let store = self.store.clone();
-        let Some(fetch) = self.fetch_mut(content) else { return };
-        if fetch.preparing || fetch.swarm.is_some() {
-            return;
-        }
-        fetch.meta = None;
-        fetch.preparing = true;
-        let (size, target, overwrite) = (fetch.size, fetch.target.clone(), fetch.overwrite);
-        self.job(
-            move || store.fetch(content, size, &manifest, &proof, &target, overwrite),
-            move |engine, result| engine.on_prepared(content, id, result),
-        );
-    }
-
-    fn on_prepared(&mut self, content: ContentId, from: ConnId, result: Result<Arc<Replica>>) {
         let Some(fetch) = self.fetch_mut(content) else {
             // Unshared meanwhile: nothing of it is to stay.
             if result.is_ok()
@@ -567,141 +333,6 @@ impl Engine {
     fn keep_name(&self, id: ContentId) -> Result<()> {
         let name = self.contents.get(&id).and_then(|c| c.name.as_ref());
         self.notes().set_name_of(id, name)
-    }
-
-    /// Brings a host that answered into the swarm.
-    fn attach(&mut self, id: ConnId, content: ContentId) {
-        let now = clock::now();
-        let Some(conn) = self.conns.get(&id) else { return };
-        let Some(Content { phase: Phase::Fetching(fetch), .. }) = self.contents.get_mut(&content)
-        else {
-            return;
-        };
-        let (Some(swarm), Some(replica)) = (&mut fetch.swarm, &fetch.replica) else { return };
-        let Some(opened) = fetch.opened.get_mut(&id) else { return };
-        let channel = opened.channel;
-        conn.connection.tell(Command::Attach { channel, replica: replica.clone() });
-        let have = replica.have();
-        if !have.is_empty() {
-            let channel = Channel { number: channel, opener: Side::Us };
-            conn.connection.tell(Command::Have { channel, bitfield: have });
-        }
-        let host = Self::host_of(id);
-        swarm.on_host(now, host);
-        let shown = opened.have.take();
-        let wrong = shown.as_ref().is_some_and(|have| have.len() != replica.layout().pieces());
-        if let Some(shown) = shown.filter(|_| !wrong) {
-            swarm.on_have(now, host, &shown);
-        }
-        let more: Vec<Piece> = std::mem::take(&mut opened.more).into_iter().collect();
-        if !more.is_empty() {
-            swarm.on_have_more(now, host, &more);
-        }
-        let grants = std::mem::take(&mut opened.grants);
-        if !grants.is_empty() {
-            swarm.on_granted(now, host, &grants);
-        }
-        if wrong {
-            self.drop_host(id, Goodbye::Protocol, "a bitfield of another content");
-        }
-    }
-
-    /// The content on a channel that we opened.
-    fn ours(&self, id: ConnId, channel: u16) -> Option<ContentId> {
-        self.conns.get(&id)?.ours.get(&channel).copied()
-    }
-
-    /// Tells the swarm of the content on our channel something.
-    pub(super) fn with_swarm(
-        &mut self,
-        id: ConnId,
-        channel: u16,
-        tell: impl FnOnce(&mut Swarm, Moment, Host),
-    ) {
-        let content = self.ours(id, channel);
-        if let Some(fetch) = content.and_then(|content| self.fetch_mut(content))
-            && let Some(swarm) = &mut fetch.swarm
-        {
-            tell(swarm, clock::now(), Self::host_of(id));
-        }
-    }
-
-    pub(super) fn on_granted(&mut self, id: ConnId, channel: u16, pieces: &[Piece]) {
-        let Some(fetch) = self.ours(id, channel).and_then(|c| self.fetch_mut(c)) else { return };
-        match (&mut fetch.swarm, fetch.opened.get_mut(&id)) {
-            (Some(swarm), _) => swarm.on_granted(clock::now(), Self::host_of(id), pieces),
-            (None, Some(opened)) => opened.grants.extend_from_slice(pieces),
-            (None, None) => {}
-        }
-    }
-
-    pub(super) fn on_have(&mut self, id: ConnId, channel: Channel, have: &Bitfield) {
-        let now = clock::now();
-        let host = Self::host_of(id);
-        match channel.opener {
-            Side::Us => {
-                let Some(content) = self.ours(id, channel.number) else { return };
-                let Some(fetch) = self.fetch_mut(content) else { return };
-                match (&mut fetch.swarm, &fetch.replica, fetch.opened.get_mut(&id)) {
-                    (Some(swarm), Some(replica), _) if have.len() == replica.layout().pieces() => {
-                        swarm.on_have(now, host, have);
-                    }
-                    (Some(_), ..) => {
-                        self.drop_host(id, Goodbye::Protocol, "a bitfield of another content");
-                    }
-                    (None, _, Some(opened)) => opened.have = Some(have.clone()),
-                    (None, _, None) => {}
-                }
-            }
-            Side::Them => {
-                if let Some((content, number)) = self.theirs_number(id, channel.number) {
-                    let replica = self.replica_of(content);
-                    if replica.is_some_and(|r| r.layout().pieces() == have.len()) {
-                        self.sharing.on_their_have(now, host, number, have);
-                    }
-                }
-            }
-        }
-    }
-
-    pub(super) fn on_have_more(&mut self, id: ConnId, channel: Channel, pieces: &[Piece]) {
-        let now = clock::now();
-        let host = Self::host_of(id);
-        match channel.opener {
-            Side::Us => {
-                let Some(content) = self.ours(id, channel.number) else { return };
-                let Some(fetch) = self.fetch_mut(content) else { return };
-                match (&mut fetch.swarm, fetch.opened.get_mut(&id)) {
-                    (Some(swarm), _) => swarm.on_have_more(now, host, pieces),
-                    (None, Some(opened)) => opened.more.extend(pieces),
-                    (None, None) => {}
-                }
-            }
-            Side::Them => {
-                if let Some((_, number)) = self.theirs_number(id, channel.number) {
-                    self.sharing.on_their_have_more(now, host, number, pieces);
-                }
-            }
-        }
-    }
-
-    pub(super) fn on_lost(&mut self, id: ConnId, channel: Channel, pieces: &[Piece]) {
-        let now = clock::now();
-        match channel.opener {
-            Side::Us => self.with_swarm(id, channel.number, |swarm, now, host| {
-                swarm.on_lost(now, host, pieces);
-            }),
-            Side::Them => {
-                if let Some((_, number)) = self.theirs_number(id, channel.number) {
-                    self.sharing.on_their_lost(now, Self::host_of(id), number, pieces);
-                }
-            }
-        }
-    }
-
-    fn theirs_number(&self, id: ConnId, channel: u16) -> Option<(ContentId, u32)> {
-        let content = *self.conns.get(&id)?.theirs.get(&channel)?;
-        Some((content, self.contents.get(&content)?.number))
     }
 
     pub(super) fn on_piece(
@@ -763,74 +394,6 @@ impl Engine {
         } else {
             self.pause(content, error);
         }
-    }
-
-    pub(super) fn on_host_gone(&mut self, id: ConnId, conn: &Conn, why: &Gone) {
-        let now = clock::now();
-        let host = Self::host_of(id);
-        for content in self.fetching() {
-            let Some(fetch) = self.fetch_mut(content) else { continue };
-            if let Some(known) = fetch.known.get_mut(&conn.peer)
-                && known.conn == Some(id)
-            {
-                known.conn = None;
-                // One that was up and went may be back at once; one that was never reached waits longer.
-                let wait = match (why.fault(), conn.up) {
-                    (Fault::Theirs, _) => BAN,
-                    (_, true) => Duration::from_millis(200),
-                    (_, false) => known.backoff.wait(),
-                };
-                known.next_try = now + wait;
-            }
-            fetch.last_piece.remove(&id);
-            if fetch.opened.remove(&id).is_some()
-                && let Some(swarm) = &mut fetch.swarm
-            {
-                swarm.on_gone(now, host);
-                debug!(?why, peer = %conn.peer.short(), "a host is gone");
-            }
-            if fetch.meta.is_some_and(|(from, _)| from == id) {
-                fetch.meta = None;
-                self.want_meta(content);
-            }
-        }
-    }
-
-    /// A host closed the content: it has it no longer, or has nothing of it yet.
-    pub(super) fn on_host_closed(&mut self, id: ConnId, content: ContentId) {
-        let now = clock::now();
-        let peer = self.conns.get(&id).map(|conn| conn.peer);
-        let Some(fetch) = self.fetch_mut(content) else { return };
-        if fetch.opened.remove(&id).is_some()
-            && let Some(swarm) = &mut fetch.swarm
-        {
-            swarm.on_gone(now, Self::host_of(id));
-        }
-        if let Some(known) = peer.and_then(|peer| fetch.known.get_mut(&peer)) {
-            known.conn = None;
-            known.next_try = now + known.backoff.wait();
-        }
-        if fetch.meta.is_some_and(|(from, _)| from == id) {
-            fetch.meta = None;
-            self.want_meta(content);
-        }
-    }
-
-    fn drop_host(&self, id: ConnId, why: Goodbye, text: &str) {
-        if let Some(conn) = self.conns.get(&id) {
-            conn.connection.tell(Command::Bye(why, text.into()));
-        }
-    }
-
-    fn ban(&mut self, id: ConnId) {
-        if let Some(conn) = self.conns.get(&id) {
-            self.bans.insert(conn.peer, clock::now() + BAN);
-        }
-    }
-
-    fn banned(&mut self, now: Moment) -> BTreeSet<PeerId> {
-        self.bans.retain(|_, until| *until > now);
-        self.bans.keys().copied().collect()
     }
 
     /// Pieces turned bad on our own disk: they are missing again.
@@ -902,7 +465,7 @@ impl Engine {
 
     /// Tells neighbours and the index what is here now.
     fn announce(&mut self, content: ContentId, pieces: &[Piece]) {
-        for some in pieces.chunks(potluck_core::wire::stream::MAX_PIECES) {
+        for some in pieces.chunks(MAX_PIECES) {
             self.tell_all(content, |channel| Command::HaveMore { channel, pieces: some.to_vec() });
         }
         let Some(fetch) = self.fetch_mut(content) else { return };
@@ -936,6 +499,11 @@ impl Engine {
             Ok(path) => path,
             Err(error) if error.kind == ErrorKind::DiskFull => {
                 return self.on_disk_trouble(content, error);
+            }
+            // Pieces were lost behind our back (a failed sync, somebody in the files): fetch them again.
+            Err(error) if error.kind == ErrorKind::Integrity => {
+                warn!(content = %content, error = %error, "not complete after all");
+                return self.restart_fetch(content);
             }
             Err(error) => return self.pause(content, error),
         };

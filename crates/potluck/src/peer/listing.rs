@@ -47,7 +47,7 @@ impl Engine {
                 let rows = rows.iter().map(shown).collect();
                 replies.send(Event::Listing { rows });
             }
-            Err(e) => drop(replies.fail(&e)),
+            Err(e) => replies.fail(&e),
         });
     }
 
@@ -82,10 +82,10 @@ impl Engine {
             Ok(glob) => glob.compile_matcher(),
             Err(e) => {
                 let error = Error::new(ErrorKind::Usage, format!("not a pattern: {e}"));
-                return drop(replies.fail(&error));
+                return replies.fail(&error);
             }
         };
-        let Some(line) = &mut self.line else { return drop(replies.fail(&no_network())) };
+        let Some(line) = &mut self.line else { return replies.fail(&no_network()) };
         line.link.watch(clock::now(), "*".into());
         self.watchers.push(Watcher { replies, glob, begun: false });
         self.relist();
@@ -108,7 +108,10 @@ impl Engine {
                     engine.on_changes(meanwhile);
                 }
                 Err(e) => {
-                    engine.watchers.retain(|w| w.begun || !w.replies.fail(&e));
+                    let waiting = |w: &mut Watcher| !w.begun;
+                    for watcher in engine.watchers.extract_if(.., waiting) {
+                        watcher.replies.fail(&e);
+                    }
                 }
             }
             if std::mem::take(&mut engine.listing.again) {

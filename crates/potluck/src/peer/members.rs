@@ -23,14 +23,14 @@ impl Engine {
     pub(super) fn invite(&mut self, uses: u32, valid_s: u64, role: &str, replies: Replies) {
         let role = match role.parse::<Role>() {
             Ok(role) => role,
-            Err(e) => return drop(replies.fail(&Error::new(ErrorKind::Usage, e.0))),
+            Err(e) => return replies.fail(&Error::new(ErrorKind::Usage, e.0)),
         };
-        let Some(line) = &self.line else { return drop(replies.fail(&no_network())) };
+        let Some(line) = &self.line else { return replies.fail(&no_network()) };
         let (network, index) = (line.membership.network, line.membership.index.clone());
         let terms = invite_terms(role, uses, Duration::from_secs(valid_s));
         self.at_desk(Ask::Invite(terms), replies, move |answer| match answer {
             Answer::Invited { secret, terms } => {
-                let invitation = Invitation::new(network, secret, terms.expires, index);
+                let invitation = Invitation::new(network, *secret, terms.expires, index);
                 Some(invited_event(&invitation, terms.uses, valid_s, role))
             }
             _ => None,
@@ -40,18 +40,18 @@ impl Engine {
     pub(super) fn remove_member(&mut self, who: String, replies: Replies) {
         match removal(&who) {
             Some(Ok(removal)) => self.at_desk(Ask::Remove(removal), replies, removed_event),
-            Some(Err(e)) => drop(replies.fail(&e)),
+            Some(Err(e)) => replies.fail(&e),
             // A label or the beginning of an id: the list of members tells whose.
             None => self.desk_job(Ask::Members, replies, move |engine, replies, answer| {
                 let Answer::Members(members) = answer else {
-                    return drop(replies.fail(&desk::unexpected()));
+                    return replies.fail(&desk::unexpected());
                 };
                 match pick_member(&members, &who) {
                     Ok(peer) => {
                         let ask = Ask::Remove(Removal::Peer(peer));
                         engine.at_desk(ask, replies, removed_event);
                     }
-                    Err(e) => drop(replies.fail(&e)),
+                    Err(e) => replies.fail(&e),
                 }
             }),
         }
@@ -61,11 +61,11 @@ impl Engine {
         &mut self,
         ask: Ask,
         replies: Replies,
-        event: impl FnOnce(Answer) -> Option<Event> + Send + 'static,
+        event: impl FnOnce(&Answer) -> Option<Event> + Send + 'static,
     ) {
-        self.desk_job(ask, replies, move |_, replies, answer| match event(answer) {
-            Some(event) => drop(replies.send(event)),
-            None => drop(replies.fail(&desk::unexpected())),
+        self.desk_job(ask, replies, move |_, replies, answer| match event(&answer) {
+            Some(event) => replies.tell(event),
+            None => replies.fail(&desk::unexpected()),
         });
     }
 
@@ -75,7 +75,7 @@ impl Engine {
         replies: Replies,
         then: impl FnOnce(&mut Self, Replies, Answer) + Send + 'static,
     ) {
-        let Some(line) = &self.line else { return drop(replies.fail(&no_network())) };
+        let Some(line) = &self.line else { return replies.fail(&no_network()) };
         let (key, network) = (self.key.clone(), line.membership.network);
         let index = line.membership.index.clone();
         self.job(
@@ -84,19 +84,19 @@ impl Engine {
                     .map(|(_, answer, _)| answer)
             },
             move |engine, result| match result {
-                Ok(Answer::Refused(refusal)) => drop(replies.fail(&desk::refused(&refusal))),
+                Ok(Answer::Refused(refusal)) => replies.fail(&desk::refused(&refusal)),
                 Ok(answer) => then(engine, replies, answer),
-                Err(e) => drop(replies.fail(&e)),
+                Err(e) => replies.fail(&e),
             },
         );
     }
 }
 
 /// The members, as an event.
-pub(crate) fn members_event(members: Vec<Member>) -> Event {
-    let members = members.into_iter().map(|m| control::Member {
+pub(crate) fn members_event(members: &[Member]) -> Event {
+    let members = members.iter().map(|m| control::Member {
         peer: m.peer.to_string(),
-        label: m.label,
+        label: m.label.clone(),
         role: m.role.to_string(),
         joined: m.joined.0,
         invitation: HEXLOWER.encode(&m.invitation),
@@ -116,9 +116,9 @@ pub(crate) fn invited_event(invitation: &Invitation, uses: u32, valid_s: u64, ro
     }
 }
 
-fn removed_event(answer: Answer) -> Option<Event> {
+fn removed_event(answer: &Answer) -> Option<Event> {
     match answer {
-        Answer::Removed(count) => Some(Event::Removed { count }),
+        Answer::Removed(count) => Some(Event::Removed { count: *count }),
         _ => None,
     }
 }

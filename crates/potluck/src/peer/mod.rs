@@ -7,6 +7,7 @@ mod fetch;
 mod hosting;
 mod listing;
 pub(crate) mod members;
+mod neighbours;
 mod network;
 mod notes;
 mod requests;
@@ -101,9 +102,14 @@ impl Replies {
         self.events.try_send(event).is_ok()
     }
 
+    /// Sends one, whoever listens.
+    pub(crate) fn tell(&self, event: Event) {
+        self.send(event);
+    }
+
     /// Sends the failure that ends a request.
-    pub(crate) fn fail(&self, error: &Error) -> bool {
-        self.send(Event::failed(error))
+    pub(crate) fn fail(&self, error: &Error) {
+        self.send(Event::failed(error));
     }
 
     /// Whether nobody listens any more.

@@ -312,7 +312,7 @@ impl Engine {
                     _ => Err(desk::unexpected()),
                 }
             },
-            |engine, result| engine.on_session(result),
+            Self::on_session,
         );
     }
 

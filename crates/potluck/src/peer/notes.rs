@@ -62,7 +62,7 @@ pub(crate) struct Notes<'a>(pub(crate) &'a Store);
 
 impl Notes<'_> {
     pub(crate) fn membership(&self) -> Result<Option<Membership>> {
-        Ok(self.read("network", Membership::decode)?)
+        self.read("network", Membership::decode)
     }
 
     pub(crate) fn set_membership(&self, membership: Option<&Membership>) -> Result<()> {

@@ -60,10 +60,10 @@ impl Engine {
         match request {
             Request::Join { invitation } => self.join_by(&invitation, replies),
             Request::Leave => match self.leave() {
-                Ok(network) => drop(replies.send(Event::Left { network: network.to_string() })),
-                Err(e) => drop(replies.fail(&e)),
+                Ok(network) => replies.tell(Event::Left { network: network.to_string() }),
+                Err(e) => replies.fail(&e),
             },
-            Request::Share { path, name } => self.share(path, name, replies),
+            Request::Share { path, name } => self.share(path, name.as_deref(), replies),
             Request::Unshare { what } => self.unshare(&what, &replies),
             Request::Get { what, to, exists, timeout_s } => {
                 let timeout = Duration::from_secs(timeout_s);
@@ -71,8 +71,8 @@ impl Engine {
             }
             Request::List { glob } => self.list(glob, replies),
             Request::Find { what } => self.find(&what, replies),
-            Request::Peers => drop(replies.send(self.peers())),
-            Request::Status => drop(replies.send(Event::Status(Box::new(self.status())))),
+            Request::Peers => replies.tell(self.peers()),
+            Request::Status => replies.tell(Event::Status(Box::new(self.status()))),
             Request::Watch { glob } => self.watch(&glob, replies),
             Request::Verify { what } => self.verify(what.as_deref(), replies),
             Request::Invite { uses, valid_s, role } => self.invite(uses, valid_s, &role, replies),
@@ -81,30 +81,30 @@ impl Engine {
                 _ => None,
             }),
             Request::RemoveMember { who } => self.remove_member(who, replies),
-            Request::Down => drop(replies.send(Event::Stopping)),
+            Request::Down => replies.tell(Event::Stopping),
         }
     }
 
     fn join_by(&mut self, text: &str, replies: Replies) {
         match text.parse::<Invitation>() {
             Ok(invitation) => self.join(&invitation, replies, |engine, result| match result {
-                Ok(replies) => drop(replies.send(engine.joined_event())),
-                Err((replies, error)) => drop(replies.fail(&error)),
+                Ok(replies) => replies.tell(engine.joined_event()),
+                Err((replies, error)) => replies.fail(&error),
             }),
-            Err(e) => drop(replies.fail(&Error::new(ErrorKind::Usage, e.0))),
+            Err(e) => replies.fail(&Error::new(ErrorKind::Usage, e.0)),
         }
     }
 
     // ---- share
 
-    fn share(&mut self, path: PathBuf, name: Option<String>, replies: Replies) {
-        let name = match name.as_deref().map(Name::from_str).transpose() {
+    fn share(&mut self, path: PathBuf, name: Option<&str>, replies: Replies) {
+        let name = match name.map(Name::from_str).transpose() {
             Ok(name) => name,
-            Err(e) => return drop(replies.fail(&Error::new(ErrorKind::Usage, e.0))),
+            Err(e) => return replies.fail(&Error::new(ErrorKind::Usage, e.0)),
         };
         self.with_network(replies, move |engine, result| match result {
             Ok(replies) => engine.import(path, name, replies),
-            Err((replies, error)) => drop(replies.fail(&error)),
+            Err((replies, error)) => replies.fail(&error),
         });
     }
 
@@ -129,7 +129,7 @@ impl Engine {
                     }
                     engine.name_and_register(&imported.replica, &path, name, replies);
                 }
-                Err(e) => drop(replies.fail(&e)),
+                Err(e) => replies.fail(&e),
             },
         );
     }
@@ -164,7 +164,7 @@ impl Engine {
                 Some((by, version, _)) if by == own => Some(Version(version.0.saturating_add(1))),
                 // Another's name: where it names this very content nothing is to be claimed.
                 Some((_, _, id)) if id == replica.id() || optional => None,
-                Some((by, ..)) => return drop(replies.fail(&taken(&name, Some(by)))),
+                Some((by, ..)) => return replies.fail(&taken(&name, Some(by))),
             };
             if version.is_none() && known.is_some_and(|(_, _, id)| id != replica.id()) {
                 replies.send(Event::Note {
@@ -220,7 +220,7 @@ impl Engine {
             None => Ok(()),
         });
         if let Err(e) = kept {
-            return drop(replies.fail(&e));
+            return replies.fail(&e);
         }
         self.add(id, name, Phase::Whole(replica.clone()));
         self.host(replica, true);
@@ -301,7 +301,7 @@ impl Engine {
     fn unshare(&mut self, what: &str, replies: &Replies) {
         let ids = self.here(what);
         if ids.is_empty() {
-            return drop(replies.fail(&not_here(what)));
+            return replies.fail(&not_here(what));
         }
         for id in &ids {
             self.withdraw(*id);
@@ -350,10 +350,10 @@ impl Engine {
     fn get(&mut self, what: &str, to: PathBuf, exists: IfExists, asker: Asker) {
         let query = match what.parse::<Query>() {
             Ok(query) => query,
-            Err(e) => return drop(asker.replies.fail(&Error::new(ErrorKind::Usage, e.0))),
+            Err(e) => return asker.replies.fail(&Error::new(ErrorKind::Usage, e.0)),
         };
         if self.line.is_none() {
-            return drop(asker.replies.fail(&no_network()));
+            return asker.replies.fail(&no_network());
         }
         // What is being fetched already goes on even where the index does not answer.
         if let [id] = *self.here(what)
@@ -375,8 +375,8 @@ impl Engine {
     ) {
         let search = search_for(&query, Search::MAX_HOSTS);
         self.ask(Question::Search(search), move |engine, answer| match answer {
-            Ok(Ack::Found(found)) => engine.get_found(&query, &found, to, exists, asker),
-            Ok(_) => drop(asker.replies.fail(&desk::unexpected())),
+            Ok(Ack::Found(found)) => engine.get_found(&query, &found, &to, exists, asker),
+            Ok(_) => asker.replies.fail(&desk::unexpected()),
             Err(e) => {
                 let why = about(&e);
                 if why.kind == ErrorKind::NoSource {
@@ -405,22 +405,22 @@ impl Engine {
         &mut self,
         query: &Query,
         found: &Found,
-        to: PathBuf,
+        to: &Path,
         exists: IfExists,
         asker: Asker,
     ) {
         let name = match self.believe(query, found) {
             Ok(name) => name,
-            Err(e) => return drop(asker.replies.fail(&e)),
+            Err(e) => return asker.replies.fail(&e),
         };
         if self.fetch_mut(found.id).is_some() {
-            return self.follow_to(found.id, &to, exists == IfExists::Overwrite, asker);
+            return self.follow_to(found.id, to, exists == IfExists::Overwrite, asker);
         }
         let called = name.as_ref().map_or_else(
             || found.id.to_string().trim_end_matches('/').to_owned(),
             |n| n.record.name.to_string(),
         );
-        let mut target = target_of(&to, &called);
+        let mut target = target_of(to, &called);
         if let Some(Content { phase: Phase::Whole(replica), .. }) = self.contents.get(&found.id) {
             if !replica.changed() {
                 return already_here(replica, &target, &asker.replies);
@@ -437,9 +437,9 @@ impl Engine {
                         ErrorKind::Exists,
                         format!("{} exists already", target.display()),
                     );
-                    return drop(asker.replies.fail(&error.hint(
+                    return asker.replies.fail(&error.hint(
                         "choose another place with -o, or say --overwrite, --rename or --skip",
-                    )));
+                    ));
                 }
                 IfExists::Skip => {
                     asker.replies.send(Event::Done {
@@ -515,14 +515,14 @@ impl Engine {
     fn find(&mut self, what: &str, replies: Replies) {
         let query = match what.parse::<Query>() {
             Ok(query) => query,
-            Err(e) => return drop(replies.fail(&Error::new(ErrorKind::Usage, e.0))),
+            Err(e) => return replies.fail(&Error::new(ErrorKind::Usage, e.0)),
         };
         let search = search_for(&query, Search::MAX_HOSTS);
         self.ask(Question::Search(search), move |_, answer| {
             match answer {
-                Ok(Ack::Found(found)) => drop(replies.send(found_event(&found))),
-                Ok(_) => drop(replies.fail(&desk::unexpected())),
-                Err(e) => drop(replies.fail(&about(&e))),
+                Ok(Ack::Found(found)) => replies.tell(found_event(&found)),
+                Ok(_) => replies.fail(&desk::unexpected()),
+                Err(e) => replies.fail(&about(&e)),
             };
         });
     }
@@ -533,7 +533,7 @@ impl Engine {
             None => self.contents.keys().copied().collect(),
         };
         if let (Some(what), true) = (what, ids.is_empty()) {
-            return drop(replies.fail(&not_here(what)));
+            return replies.fail(&not_here(what));
         }
         let mut replicas = Vec::new();
         let mut bad = Vec::new();
@@ -573,7 +573,7 @@ impl Engine {
                     }
                     replies.send(Event::Verified { good, bad });
                 }
-                Err(e) => drop(replies.fail(&e)),
+                Err(e) => replies.fail(&e),
             },
         );
     }

@@ -53,6 +53,7 @@ pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
         advertise: args.advertise.clone(),
         invite_uses: args.uses,
         invite_valid: args.valid,
+        heartbeat_s: args.heartbeat,
         ..IndexSettings::new(&cx.state)
     })?;
     index.serve_control()?;
