@@ -207,18 +207,17 @@ impl Catalog {
         }
     }
 
-    /// The rows that changed after `since`, each once and as it is now, with the number of the last
-    /// change up to which all is told once that row is; `None` where that is no longer known.
+    /// The rows that changed after `since`, each once and as it is now, with the number of its last
+    /// change, in that order; `None` where that is no longer known.
+    ///
+    /// By the last change, not the first: so whoever took these rows up to any number knows all whose
+    /// last change that was or an earlier one, and may go on from there in another, later answer.
     pub fn changed_since(&self, since: u64) -> Option<Vec<(u64, Row)>> {
         let mut seen = BTreeSet::new();
-        let mut rows: Vec<(u64, Row)> = vec![];
-        for (number, key) in self.changes.after(since)? {
-            if seen.insert(key) {
-                rows.push((number, self.row_at(key)));
-            } else if let Some((told, _)) = rows.last_mut() {
-                *told = number; // this row stands further up already
-            }
-        }
+        let changes: Vec<(u64, &RowKey)> = self.changes.after(since)?.collect();
+        let last = changes.into_iter().rev().filter(|(_, key)| seen.insert(*key));
+        let mut rows: Vec<(u64, Row)> = last.map(|(n, key)| (n, self.row_at(key))).collect();
+        rows.reverse();
         Some(rows)
     }
 
