@@ -536,7 +536,10 @@ impl Link {
                 }
                 // Begun anew, so that it says what is the case then.
                 Purpose::Register(ids) => self.say_again(ids),
-                Purpose::Deregister(ids) => self.gone.extend(ids),
+                Purpose::Deregister(ids) => {
+                    let not_again = |id: &ContentId| !self.shares.contains_key(id);
+                    self.gone.extend(ids.into_iter().filter(not_again));
+                }
                 Purpose::Watch => {
                     if let Some(watch) = &mut self.watch {
                         watch.asked = false;

@@ -477,7 +477,7 @@ impl Registrar {
         let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
         let id = RequestId(u64::from_be_bytes(*id));
         if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
-            let refusal = refuse(Code::Removed, "this machine was removed from the network");
+            let refusal = refuse(Code::Removed, "removed from the network");
             self.refuse_short(line, head.kind, id, refusal, length);
             return Ok(());
         }
@@ -549,7 +549,7 @@ impl Registrar {
     ) -> Result<Registered, Refusal> {
         let number = line.member;
         let Some(member) = self.roster.member(number) else {
-            return Err(refuse(Code::Removed, "this machine was removed from the network"));
+            return Err(refuse(Code::Removed, "removed from the network"));
         };
         let (peer, role) = (member.peer, member.role);
         if said.port == 0 && !said.items.is_empty() {
