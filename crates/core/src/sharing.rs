@@ -22,8 +22,6 @@ use grants::{Grants, Outflow};
 /// So many pieces are with connections, being sent, or what goes out in [`SENDING_AHEAD`] if that
 /// is more: first come, first served, so that a piece is whole somewhere soon and can travel on.
 const SENDING: u64 = 1;
-/// … of which, on one line, so many: a line that is stuck holds no more.
-const SENDING_EACH: u64 = 2;
 /// See [`SENDING`].
 const SENDING_AHEAD: Duration = Duration::from_millis(10);
 /// So many pieces wait in the queue, or what goes out in [`QUEUE_AHEAD`] if that is more. Whoever is
@@ -724,11 +722,10 @@ impl Sharing {
         let next = opener.queue.iter().copied().find(|p| opener.wanted.contains(p));
         let bytes = u64::from(next.map_or(0, |piece| shared.layout.len_of(piece)));
         let size = u64::from(shared.layout.piece_size());
-        let fits = |sending: u64, pieces: u64, pace: &Pace| {
-            sending + bytes <= (pieces * size).max(pace.within(SENDING_AHEAD))
+        let fits = |sending: u64, pace: &Pace| {
+            sending + bytes <= (SENDING * size).max(pace.within(SENDING_AHEAD))
         };
-        fits(line.sending_bytes, SENDING_EACH, &line.pace)
-            && (line.stuck || fits(self.sending, SENDING, &self.pace))
+        fits(line.sending_bytes, &line.pace) && (line.stuck || fits(self.sending, &self.pace))
     }
 
     /// Gives the next piece of this member's channel to its line.

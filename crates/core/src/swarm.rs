@@ -257,20 +257,20 @@ impl Swarm {
     /// `Grant`: this host, a seed, holds these for us. Each is asked for, or declined (`Cancel`), at
     /// once. From now on the host is asked for what it grants only.
     pub fn on_granted(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
-        if !self.hosts.contains_key(&host) {
-            return;
-        }
+        let Some(n) = self.hosts.get_mut(&host) else { return };
+        n.grants = Some(now);
         self.learn(host, pieces.iter().copied());
         let mut declined = Vec::new();
         for &piece in pieces {
             let may_ask = self.may_ask(now);
-            let endgame = self.is_endgame();
-            let Some(n) = self.hosts.get_mut(&host) else { return };
-            n.grants = Some(now);
             let wanted = match self.asked.get(&piece) {
-                Some(askers) => endgame && askers.second.is_none() && askers.first != host,
+                // A piece that only a slow host had: the seed sees that it does not get about.
+                Some(askers) => {
+                    askers.second.is_none() && self.is_sooner(now, host, piece, askers.first)
+                }
                 None => piece.0 < self.layout.pieces() && self.rarity.is_offered(piece),
             };
+            let Some(n) = self.hosts.get_mut(&host) else { return };
             if wanted && may_ask && n.is_ready(now) {
                 self.ask(now, host, piece);
             } else if piece.0 < self.layout.pieces() && !n.asked().any(|p| p == piece) {
@@ -659,13 +659,13 @@ impl Swarm {
     /// Asks for as much as there is room for, and says so.
     fn fill(&mut self, now: Moment) {
         self.seen = now;
+        self.endgame_at = None;
         if self.may_ask(now) {
             while let Some(host) = self.freest(now) {
                 let Some(n) = self.hosts.get(&host) else { break };
                 let Some(piece) = self.rarity.rarest(&n.open, &mut self.dice) else { break };
                 self.ask(now, host, piece);
             }
-            self.endgame_at = None;
             if self.is_endgame() && !self.asked.is_empty() {
                 self.endgame(now);
                 self.endgame_at = Some(now + ENDGAME);
@@ -682,8 +682,8 @@ impl Swarm {
     fn freest(&mut self, now: Moment) -> Option<Host> {
         let piece_size = self.layout.piece_size();
         let least = LEAST_AHEAD_PIECES * u64::from(piece_size);
-        // What hosts grant, they ration themselves.
-        let chosen = self.hosts.values().filter(|n| n.grants.is_none());
+        // What hosts grant, they ration themselves; who lags takes nothing from the others' share.
+        let chosen = self.hosts.values().filter(|n| n.grants.is_none() && !n.lags(now));
         let (chosen, asked) =
             chosen.fold((0, 0), |(count, sum), n| (count + 1, sum + n.asked_bytes()));
         let quickest =
@@ -698,7 +698,9 @@ impl Swarm {
             if n.open.is_empty() || n.grants.is_some() || !n.is_ready(now) {
                 continue;
             }
-            let window = n.window(piece_size).max(all / chosen);
+            // A host that never answered yet is trusted with little, unless there is no other.
+            let part = if n.rate() > 0 || self.hosts.len() == 1 { all / chosen.max(1) } else { 0 };
+            let window = n.window(piece_size).max(part);
             // A wide window is filled in steps, so that asks travel together.
             let step = if self.asks.contains_key(host) { 0 } else { window / 8 };
             let ahead = n.asked_bytes() + u64::from(piece_size).max(step);
@@ -725,6 +727,15 @@ impl Swarm {
     /// Whether nothing is left that anybody could be asked for first.
     fn is_endgame(&self) -> bool {
         self.rarity.offered() == self.unheld()
+    }
+
+    /// Whether `host` would bring `piece` clearly sooner than `first`, who was asked for it.
+    fn is_sooner(&self, now: Moment, host: Host, piece: Piece, first: Host) -> bool {
+        let (Some(n), Some(other)) = (self.hosts.get(&host), self.hosts.get(&first)) else {
+            return false;
+        };
+        let wait = other.expected(now).find(|(p, _)| *p == piece).map(|(_, wait)| wait);
+        host != first && wait.is_some_and(|w| n.expected_next(self.layout.len_of(piece)) * 2 < w)
     }
 
     /// Asks idle hosts for what others are expected to bring later than they would.

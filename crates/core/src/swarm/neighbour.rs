@@ -24,6 +24,8 @@ const PATIENCE: u32 = 4;
 const LEAST_PATIENCE: Duration = Duration::from_millis(300);
 /// … nor is it waited for longer than this.
 const MOST_PATIENCE: Duration = Duration::from_secs(30);
+/// Before it is late, an answer lags: after twice the usual time, and not before this.
+const LAGS: Duration = Duration::from_millis(100);
 /// What a first answer may take, besides the piece's bytes at [`FIRST_RATE`].
 const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes a second that are expected of a host that was never measured.
@@ -183,6 +185,12 @@ impl Neighbour {
             }
         };
         Some(self.turn + patience)
+    }
+
+    /// Whether the answer that is due takes so long that others should be asked ahead instead.
+    pub(super) fn lags(&self, now: Moment) -> bool {
+        let usual = self.usual.unwrap_or_default();
+        self.waited(now).is_some_and(|waited| waited > LAGS.max(usual * 2))
     }
 
     /// How long the answer that is due has been waited for.
