@@ -3,7 +3,7 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -171,15 +171,14 @@ pub(crate) fn measure<T>(processes: &[u32], work: impl FnOnce() -> Result<T>) ->
             processes.iter().map(|pid| Ok(times(*pid)?.own)).collect::<Result<_>>()?;
         Ok((cpu, times(std::process::id())?, busy()?))
     };
-    let (cpu_before, own_before, busy_before) = look()?;
+    let (cpu_before, own_before, (busy_before, _)) = look()?;
     let began = Instant::now();
     let result = work()?;
     let seconds = began.elapsed().as_secs_f64();
-    let (cpu, own, busy) = look()?;
+    let (cpu, own, (busy, cores)) = look()?;
     let cpu: Vec<f64> = cpu.iter().zip(cpu_before).map(|(after, before)| after - before).collect();
     let (children, own) = (own.children - own_before.children, own.own - own_before.own);
     let ours = cpu.iter().sum::<f64>() + children + own;
-    let cores = std::thread::available_parallelism()?.get() as f64;
     let others = ((busy - busy_before - ours) / (seconds * cores)).clamp(0.0, 1.0);
     Ok((result, Cost { seconds, cpu, own, children, others }))
 }
@@ -201,15 +200,18 @@ fn times(pid: u32) -> Result<Times> {
     Ok(Times { own: (ticks[0] + ticks[1]) / TICKS, children: (ticks[2] + ticks[3]) / TICKS })
 }
 
-/// CPU seconds that programs used on this machine since it started, or that were stolen from it.
-/// Interrupts are left out: they serve our own sockets.
-fn busy() -> Result<f64> {
-    let stat = File::open("/proc/stat").map(BufReader::new)?.lines().next().context("empty")??;
+/// CPU seconds that programs used on this machine since it started, or that were stolen from it,
+/// and how many cores it has (this process may be kept to fewer). Interrupts are left out: they serve
+/// our own sockets.
+fn busy() -> Result<(f64, f64)> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let mut lines = stat.lines().take_while(|line| line.starts_with("cpu"));
+    let all = lines.next().context("/proc/stat is empty")?;
     let ticks: Vec<f64> =
-        stat.split_whitespace().skip(1).map(str::parse).collect::<Result<_, _>>()?;
+        all.split_whitespace().skip(1).map(str::parse).collect::<Result<_, _>>()?;
     // user, nice, system, idle, iowait, irq, softirq, steal
     let get = |i: usize| ticks.get(i).copied().unwrap_or(0.0);
-    Ok((get(0) + get(1) + get(2) + get(7)) / TICKS)
+    Ok(((get(0) + get(1) + get(2) + get(7)) / TICKS, lines.count() as f64))
 }
 
 /// A line of `/proc/PID/status`, in MiB: `VmRSS` (memory now) or `VmHWM` (its highest ever).
