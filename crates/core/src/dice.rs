@@ -7,10 +7,6 @@ pub struct Dice(pub u64);
 
 impl Dice {
     /// The next 64 random bits.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "dice never run out, so they are no iterator"
-    )]
     pub const fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -244,8 +244,9 @@ impl Sharing {
         }
         let hosts: Vec<Host> = shared.openers.keys().copied().collect();
         for host in hosts {
-            let gone = pieces.iter().copied().filter(|p| self.unqueue(host, content, *p)).collect();
-            self.turn_away(host, content, gone);
+            let gone: Vec<Piece> =
+                pieces.iter().copied().filter(|p| self.unqueue(host, content, *p)).collect();
+            self.turn_away(host, content, &gone);
         }
         self.proceed(now, Some(content));
     }
@@ -301,13 +302,16 @@ impl Sharing {
 
     /// `Want`.
     pub fn on_want(&mut self, now: Moment, host: Host, content: u32, pieces: &[Piece]) {
+        if !self.contents.get(&content).is_some_and(|s| s.openers.contains_key(&host)) {
+            return;
+        }
         let mut refused = Vec::new();
         for &piece in pieces {
             if !self.admit(now, host, content, piece) {
                 refused.push(piece);
             }
         }
-        self.turn_away(host, content, refused);
+        self.turn_away(host, content, &refused);
         self.proceed(now, Some(content));
     }
 
@@ -340,7 +344,7 @@ impl Sharing {
         if self.unload(now, host, content, piece).is_some() {
             self.rest_paces(now, host);
             self.with_grants(now, host, content, |grants, peer| {
-                grants.on_declined(now, peer, piece)
+                grants.on_declined(now, peer, piece);
             });
         }
     }
@@ -521,7 +525,7 @@ impl Sharing {
         });
         let Some((host, content, piece)) = last else { return false };
         self.unqueue(host, content, piece);
-        self.turn_away(host, content, vec![piece]);
+        self.turn_away(host, content, &[piece]);
         true
     }
 
@@ -569,7 +573,7 @@ impl Sharing {
         true
     }
 
-    fn turn_away(&mut self, host: Host, content: u32, pieces: Vec<Piece>) {
+    fn turn_away(&mut self, host: Host, content: u32, pieces: &[Piece]) {
         if pieces.is_empty() {
             return;
         }

@@ -332,7 +332,7 @@ fn a_folder_with_a_file_that_cannot_be_read_is_not_shared() {
     fs::create_dir(&folder).unwrap();
     fs::write(folder.join("open"), b"open").unwrap();
     fs::write(folder.join("secret"), b"secret").unwrap();
-    fs::set_permissions(folder.join("secret"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(folder.join("secret"), fs::Permissions::from_mode(0o000)).unwrap();
     let (code, text) = nobody.fails_with(&["share", "folder"]);
     assert_eq!(code, 1, "{text}");
     assert!(text.contains("folder/secret"), "{text}");

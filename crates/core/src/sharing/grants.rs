@@ -39,8 +39,10 @@ const DECLINED: Duration = Duration::from_secs(2);
 
 /// Whenever we have nothing to do though readers lack pieces, the limits above were too narrow: the
 /// network is slow to answer, or readers cannot reach each other. Then they widen by this many
-/// [`UNSTRETCHED`]ths, and narrow by one whenever we are busy.
-const WIDEN: u64 = 32;
+/// [`UNSTRETCHED`]ths every so often, and narrow by one whenever we are busy.
+const WIDEN: u64 = 64;
+/// See [`WIDEN`].
+const WIDEN_EVERY_MS: u64 = 5;
 /// See [`WIDEN`].
 const UNSTRETCHED: u64 = 64;
 /// The limits are never wider than 32 times.
@@ -105,6 +107,9 @@ pub(super) struct Grants {
     granting: bool,
     /// By how much the limits are widened, in [`UNSTRETCHED`]ths.
     stretch: u64,
+    /// We idle since then, or had widened for it then; and what idling was not widened for yet.
+    idle: Option<Moment>,
+    idled: Duration,
 }
 
 impl Grants {
@@ -118,6 +123,8 @@ impl Grants {
             unspread: BTreeMap::new(),
             granting: false,
             stretch: UNSTRETCHED,
+            idle: None,
+            idled: Duration::ZERO,
         }
     }
 
@@ -319,10 +326,7 @@ impl Grants {
         if !self.granting {
             return grants;
         }
-        self.stretch = match outflow.idle && !self.readers.values().all(|r| r.lacks.is_empty()) {
-            true => (self.stretch + WIDEN).min(MOST_STRETCHED),
-            false => self.stretch.saturating_sub(1).max(UNSTRETCHED),
-        };
+        self.adapt(now, outflow.idle);
         let size = u64::from(self.layout.piece_size());
         let all = self.stretched((OPEN_ALL * size).max(outflow.within(OPEN_AHEAD)));
         let mut open: u64 = self.readers.values().map(|r| r.open).sum();
@@ -343,6 +347,21 @@ impl Grants {
             grants.entry(host).or_default().push(piece);
         }
         grants
+    }
+
+    /// Widens the limits while we idle though readers lack pieces; narrows them while we do not.
+    fn adapt(&mut self, now: Moment, idle: bool) {
+        if !idle || self.readers.values().all(|r| r.lacks.is_empty()) {
+            self.idle = None;
+            self.stretch = self.stretch.saturating_sub(1).max(UNSTRETCHED);
+        } else {
+            let idled = self.idle.map_or(Duration::ZERO, |since| now.since(since));
+            self.idle = Some(now);
+            self.idled += idled;
+            let steps = self.idled.as_millis() as u64 / WIDEN_EVERY_MS;
+            self.idled = self.idled.saturating_sub(Duration::from_millis(steps * WIDEN_EVERY_MS));
+            self.stretch = (self.stretch + steps * WIDEN).min(MOST_STRETCHED);
+        }
     }
 
     const fn stretched(&self, bytes: u64) -> u64 {

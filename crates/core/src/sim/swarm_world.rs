@@ -604,11 +604,11 @@ impl World {
             if self.peers[from].sent >= all * (self.peers[from].copies_at.len() as u64 + 1) {
                 self.peers[from].copies_at.push(Duration::from_nanos(self.now));
             }
-            if let Death::AfterCopies(thousandths) = self.peers[from].person.dies {
-                if self.peers[from].sent * 1_000 >= all * thousandths {
-                    self.plan_at(self.now, Event::Die(from));
-                    self.peers[from].person.dies = Death::Never;
-                }
+            if let Death::AfterCopies(thousandths) = self.peers[from].person.dies
+                && self.peers[from].sent * 1_000 >= all * thousandths
+            {
+                self.plan_at(self.now, Event::Die(from));
+                self.peers[from].person.dies = Death::Never;
             }
             self.act(from);
         }
@@ -658,7 +658,7 @@ impl World {
                 }
             }
             Frame::TheirHave(content, have) => {
-                peer.sharing.on_their_have(now, host, content, &have)
+                peer.sharing.on_their_have(now, host, content, &have);
             }
             Frame::TheirHaveMore(content, pieces) => {
                 peer.sharing.on_their_have_more(now, host, content, &pieces);
