@@ -441,7 +441,7 @@ pub(crate) struct Index {
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
     pub(crate) valid: Duration,
     /// Seconds between the reports of its members: short ones are for trying what a loss does.
-    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 30,
+    #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 25,
           value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) heartbeat: u16,
     /// End when stdin ends: so that whoever started it takes it along.
