@@ -1107,6 +1107,33 @@ mod tests {
     }
 
     #[test]
+    fn a_content_shared_again_while_its_withdrawal_is_under_way_stays_shared() {
+        let (mut link, mut index, mut now) = standing();
+        link.share(now, item(1));
+        now = now + GATHER;
+        link.tick(now);
+        let id = index.read(&sent(&mut link)[0]).1;
+        link.on_datagram(now, &mut index.registered(id, false));
+        link.withdraw(now, item(1).id);
+        now = now + GATHER;
+        link.tick(now);
+        assert!(sent(&mut link).iter().any(|datagram| datagram[0] == b'T'));
+        link.share(now, item(1));
+        // Nobody answers until the withdrawal is given up; only the share is told from then on.
+        let given_up = now + PATIENCE;
+        while now < given_up {
+            now = link.next_deadline().unwrap().max(now + MS);
+            link.tick(now);
+            outputs(&mut link);
+        }
+        link.tick(now + GATHER);
+        link.tick(now + LONGEST_WAIT * 2);
+        let told = sent(&mut link);
+        assert!(told.iter().any(|datagram| datagram[0] == b'R'));
+        assert!(told.iter().all(|datagram| datagram[0] != b'T'), "a shared content was withdrawn");
+    }
+
+    #[test]
     fn a_silent_index_is_called_lost_and_new_keys_are_fetched() {
         let (mut link, _, mut now) = standing();
         now = now + Duration::from_secs(30);

@@ -489,7 +489,7 @@ impl Invited {
         if self.used >= self.terms.uses {
             let uses = self.terms.uses;
             let text =
-                format!("as many machines as it is for ({uses}) have joined by this invitation");
+                format!("this invitation is used up: it was for {uses}, and so many have joined");
             return Err(refuse(DeskCode::UsedUp, text));
         }
         Ok(())

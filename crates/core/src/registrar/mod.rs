@@ -24,7 +24,8 @@ use crate::time::{Duration, Moment, WallTime};
 use crate::trust::{MachineKey, NameRecord, RevocationList, Role};
 use crate::wire::bytes::Malformed;
 use crate::wire::datagram::{
-    Ack, Code, Item, List, Load, Refusal, Register, Registered, Reply, Request, Search,
+    Ack, Code, HEAD_BYTES, Item, List, Load, Refusal, Register, Registered, Reply, Request, Search,
+    TAG_BYTES,
 };
 use crate::wire::desk::Answer;
 
@@ -157,8 +158,8 @@ pub enum Dropped {
     Forged,
     /// It was seen before, or is too old to know.
     Replayed,
-    /// It would change what its sender hosts, and a later one that does came before it: it is asked
-    /// again, and then says what is the case.
+    /// It would change what its sender hosts or watches, and a later one that does came before it: it
+    /// is asked again, and then says what is the case.
     Overtaken,
 }
 
@@ -218,9 +219,11 @@ struct Seat {
     sessions: Vec<Session>,
     /// Sessions it ever had.
     born: u64,
-    /// Session and counter of the last datagram that changed what it hosts: its changes are made in
-    /// the order in which it sent them, or an old one, late, would undo a newer.
-    changed: (u64, u64),
+    /// Session and counter of the last datagram that changed what it hosts, and of the last that
+    /// changed what it watches: changes are made in the order in which it sent them, or an old one,
+    /// late, would undo a newer.
+    hosts_order: (u64, u64),
+    watch_order: (u64, u64),
     bucket: Bucket,
     heard: Option<Moment>,
     /// Until when what it hosts stays; `None` while it hosts nothing.
@@ -476,12 +479,17 @@ impl Registrar {
     ) -> Result<(), Dropped> {
         let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
         let id = RequestId(u64::from_be_bytes(*id));
+        let proven = self.jar.accepts(now, line.from, line.member, &head.cookie);
         if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
-            let refusal = refuse(Code::Removed, "removed from the network");
-            self.refuse_short(line, head.kind, id, refusal, length);
+            let refusal = refuse(Code::Removed, "this machine was removed from the network");
+            if proven {
+                self.reply(line, head.kind, id, &Reply::Error(refusal));
+            } else {
+                self.refuse_short(line, head.kind, id, refusal, length);
+            }
             return Ok(());
         }
-        if !self.jar.accepts(now, line.from, line.member, &head.cookie) {
+        if !proven {
             let cookie = Some(self.jar.bake(now, line.from, line.member));
             let refusal = Refusal { code: Code::CookieNeeded, text: String::new(), cookie };
             self.refuse_short(line, head.kind, id, refusal, length);
@@ -509,20 +517,19 @@ impl Registrar {
         Ok(())
     }
 
-    /// Refuses a change of what a member hosts that a later one of it has overtaken.
+    /// Refuses a change of what a member hosts or watches that a later one of it has overtaken.
     fn keep_order(&mut self, line: &Line, request: &Request) -> Result<(), Dropped> {
-        let changes = match request {
-            Request::Register(register) => !register.items.is_empty() || register.round_ends,
-            Request::Deregister(_) => true,
-            Request::Search(_) | Request::List(_) | Request::Watch(_) => false,
-        };
         let seat = self.seat(line.member);
-        if changes && line.order < seat.changed {
+        let last = match request {
+            Request::Register(said) if said.items.is_empty() && !said.round_ends => return Ok(()),
+            Request::Register(_) | Request::Deregister(_) => &mut seat.hosts_order,
+            Request::Watch(_) => &mut seat.watch_order,
+            Request::Search(_) | Request::List(_) => return Ok(()), // these change nothing
+        };
+        if line.order < *last {
             return Err(Dropped::Overtaken);
         }
-        if changes {
-            seat.changed = line.order;
-        }
+        *last = line.order;
         Ok(())
     }
 
@@ -549,7 +556,7 @@ impl Registrar {
     ) -> Result<Registered, Refusal> {
         let number = line.member;
         let Some(member) = self.roster.member(number) else {
-            return Err(refuse(Code::Removed, "removed from the network"));
+            return Err(refuse(Code::Removed, "this machine was removed from the network"));
         };
         let (peer, role) = (member.peer, member.role);
         if said.port == 0 && !said.items.is_empty() {
@@ -635,22 +642,24 @@ impl Registrar {
         Ok(Ack::Page(scan.page))
     }
 
-    /// Answers a member whose address is not proven, or that is none any more: always with less
-    /// than it sent.
+    /// Answers one whose address is not proven: always with less than it sent, if need be without
+    /// the text for people.
     fn refuse_short(
         &mut self,
         line: &Line,
         kind: u8,
         id: RequestId,
-        refusal: Refusal,
+        mut refusal: Refusal,
         length: usize,
     ) {
-        let sent = self.outputs.len();
-        self.reply(line, kind, id, &Reply::Error(refusal));
-        if let Some(Output::Send { datagram, .. }) = self.outputs.get(sent)
-            && datagram.len() >= length
-        {
-            self.outputs.truncate(sent);
+        let sealed = |refusal: &Refusal| {
+            HEAD_BYTES + TAG_BYTES + Reply::Error(refusal.clone()).encode(id).len()
+        };
+        if sealed(&refusal) >= length {
+            refusal.text.clear();
+        }
+        if sealed(&refusal) < length {
+            self.reply(line, kind, id, &Reply::Error(refusal));
         }
     }
 

@@ -388,6 +388,24 @@ fn a_change_that_a_later_one_has_overtaken_is_not_made() {
 }
 
 #[test]
+fn a_watch_that_comes_late_does_not_take_the_place_of_a_newer_one() {
+    let mut index = Index::new();
+    let (mut a, mut b) = (index.member(1, Role::Publish), index.member(2, Role::Publish));
+    let watch = |glob: &str, stop| Request::Watch(Watch { glob: glob.into(), since: 0, stop });
+    let late = [b.seal(&watch("*", false)), b.seal(&watch("*", true))];
+    let register = b.seal(&every_request()[0]);
+    b.watch(&mut index, "game*", 0);
+    for datagram in &late {
+        assert!(index.hear(b.from, datagram).is_empty());
+    }
+    assert_eq!(index.hear(b.from, &register).len(), 1, "what it hosts is ordered by itself");
+    let game = a.named(3, "game", 1);
+    a.register(&mut index, vec![item(4), game]);
+    let notices = b.notices(&mut index, SECOND);
+    assert_eq!((notices.len(), notices[0].rows.len()), (1, 1), "the newer watch stands");
+}
+
+#[test]
 fn a_lease_lapses_after_three_missed_heartbeats_and_an_empty_report_renews_it() {
     let mut index = Index::new();
     let (mut a, mut b) = (index.member(1, Role::Publish), index.member(2, Role::Publish));

@@ -740,7 +740,12 @@ fn taken(name: &Name, by: Option<PeerId>) -> Error {
 
 /// What the index's refusal means to the person who asked.
 fn from_refusal(refusal: &Refusal) -> Error {
-    Error::new(kind_of(refusal.code), format!("the index refuses: {}", refusal.text))
+    // To an address that is not proven the index says the code alone.
+    let text = match (refusal.code, refusal.text.as_str()) {
+        (Code::Removed, "") => "this machine was removed from the network",
+        (_, text) => text,
+    };
+    Error::new(kind_of(refusal.code), format!("the index refuses: {text}"))
 }
 
 fn kind_of(code: Code) -> ErrorKind {
