@@ -257,11 +257,14 @@ impl Grants {
     /// It was sent.
     pub(super) fn on_sent(&mut self, now: Moment, peer: PeerId, piece: Piece) {
         self.advance(now, peer, piece, Stage::Sent);
-        if self.rarity.copies(piece) == 1
-            && let Some(reader) = self.readers.get_mut(&peer)
-            && self.unspread.insert(piece, peer).is_none()
-        {
+        if self.rarity.copies(piece) != 1 || self.unspread.get(&piece) == Some(&peer) {
+            return;
+        }
+        // It may count as another's, who had it sent and then gave it up.
+        self.is_spread(piece);
+        if let Some(reader) = self.readers.get_mut(&peer) {
             reader.unspread += u64::from(self.layout.len_of(piece));
+            self.unspread.insert(piece, peer);
         }
     }
 
