@@ -342,6 +342,7 @@ impl Sharing {
     /// This piece will not be sent after all: unreadable, or cancelled in time.
     pub fn on_unsent(&mut self, now: Moment, host: Host, content: u32, piece: Piece) {
         if self.unload(now, host, content, piece).is_some() {
+            self.counts.unsent += 1;
             self.rest_paces(now, host);
             self.with_grants(now, host, content, |grants, peer| {
                 grants.on_declined(now, peer, piece);
@@ -379,6 +380,7 @@ impl Sharing {
             let waited = line.sending.front().map_or(Duration::ZERO, |s| now.since(s.since));
             if waited >= patience && !line.stuck {
                 line.stuck = true;
+                self.counts.stuck += 1;
                 self.sending -= line.sending_bytes;
             }
         }
@@ -803,4 +805,8 @@ pub struct Counts {
     pub granted: u64,
     /// Grants that were not taken in time.
     pub withdrawn: u64,
+    /// Pieces given to a connection that were not sent: cancelled in time, or unreadable.
+    pub unsent: u64,
+    /// Times that a connection's socket took nothing for too long.
+    pub stuck: u64,
 }
