@@ -113,6 +113,8 @@ pub struct Sharing {
     turn: u64,
     comings: u64,
     pace: Pace,
+    /// Bytes a second that may go out at all, where the owner keeps to a limit.
+    limit: Option<u64>,
     meter: Meter,
     tick_at: Option<Moment>,
     counts: Counts,
@@ -190,11 +192,18 @@ impl Sharing {
             turn: 0,
             comings: 0,
             pace: Pace::of_sockets(),
+            limit: None,
             meter: Meter::default(),
             tick_at: None,
             counts: Counts::default(),
             outputs: VecDeque::new(),
         }
+    }
+
+    /// All lines together send so many bytes a second at the most, from now on: what takes long for
+    /// that alone is not taken for stuck, nor granted to somebody else.
+    pub const fn set_limit(&mut self, bytes_a_second: Option<u64>) {
+        self.limit = bytes_a_second;
     }
 
     /// Shares a content, numbered by the owner; a number that is in use is left as it is.
@@ -410,8 +419,11 @@ impl Sharing {
 
     /// How long a line may take for a piece before it counts as stuck.
     fn patience(&self) -> Duration {
-        let usual = self.pace.time_for(STUCK_TIMES * self.sending);
-        usual.map_or(STUCK_FIRST, |usual| usual.max(STUCK_LEAST))
+        let bytes = STUCK_TIMES * self.sending;
+        let usual = self.pace.time_for(bytes).map_or(STUCK_FIRST, |usual| usual.max(STUCK_LEAST));
+        let micros = |rate| bytes.saturating_mul(1_000_000).checked_div(rate);
+        let limited = self.limit.and_then(micros).map(Duration::from_micros);
+        limited.map_or(usual, |limited| usual.max(limited))
     }
 
     /// How busy we are, for the index.
@@ -665,7 +677,12 @@ impl Sharing {
 
     fn outflow(&self) -> Outflow {
         let idle = self.waiting == 0 && self.sending == 0;
-        Outflow { rate: self.pace.rate(), idle }
+        let rate = match (self.pace.rate(), self.limit) {
+            (0, Some(limit)) => limit,
+            (rate, Some(limit)) => rate.min(limit),
+            (rate, None) => rate,
+        };
+        Outflow { rate, idle }
     }
 
     /// Serves and grants what there is room for; grants of this content, or of all that are open.

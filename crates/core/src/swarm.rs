@@ -336,6 +336,14 @@ impl Swarm {
         self.fill(now);
     }
 
+    /// This host owes us pieces and said something; `coming`: a part of one of them. It is there, then,
+    /// however slow it is, and however long others are served before us.
+    pub fn on_alive(&mut self, now: Moment, host: Host, coming: bool) {
+        if let Some(n) = self.hosts.get_mut(&host) {
+            n.alive(now, coming);
+        }
+    }
+
     /// The host closed the channel, or its connection is over.
     pub fn on_gone(&mut self, now: Moment, host: Host) {
         self.forget(now, host);
@@ -440,7 +448,7 @@ impl Swarm {
             return Some(Waiting::NoHosts);
         }
         if !self.asked.is_empty() {
-            let quiet = |n: &Neighbour| n.waited(now).is_none_or(|waited| waited > QUIET);
+            let quiet = |n: &Neighbour| n.silent(now).is_none_or(|silent| silent > QUIET);
             return self.hosts.values().all(quiet).then_some(Waiting::Silent);
         }
         let useful = || self.hosts.values().filter(|n| !n.open.is_empty());
