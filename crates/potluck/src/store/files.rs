@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -183,6 +183,48 @@ pub(super) fn walk(root: &File, folder: &str, make: bool) -> io::Result<File> {
         at = next.into();
     }
     Ok(at)
+}
+
+/// Parts that the system reads or writes in one call (`UIO_MAXIOV` of Linux).
+const MAX_PARTS: usize = 1_024;
+
+/// Fills `parts` from `offset` on.
+pub(super) fn read_exact_at(
+    file: &File,
+    mut parts: &mut [IoSliceMut<'_>],
+    mut offset: u64,
+) -> io::Result<()> {
+    while !parts.is_empty() {
+        let most = parts.len().min(MAX_PARTS);
+        match rustix::io::preadv(file, &mut parts[..most], offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                offset += n as u64;
+                IoSliceMut::advance_slices(&mut parts, n);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Writes `parts`, one behind the other, from `offset` on.
+pub(super) fn write_all_at(file: &File, parts: &[&[u8]], mut offset: u64) -> io::Result<()> {
+    let mut parts: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let mut parts = &mut parts[..];
+    while !parts.is_empty() {
+        match rustix::io::pwritev(file, &parts[..parts.len().min(MAX_PARTS)], offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                offset += n as u64;
+                IoSlice::advance_slices(&mut parts, n);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Which file: a replica's serial and the file's position, or [`ROOT`].

@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -21,7 +21,8 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use super::content::Content;
 use super::files::{
     For, OpenFiles, Stamp, lock, make_folder, open_beneath, open_file, open_file_to_update,
-    open_folder, part_path, preallocate, remove_any, rename_new, rename_over, sync_folder, walk,
+    open_folder, part_path, preallocate, read_exact_at, remove_any, rename_new, rename_over,
+    sync_folder, walk, write_all_at,
 };
 use super::journal::{Journal, Record};
 
@@ -168,11 +169,11 @@ impl Growing {
     }
 
     /// Writes a piece at its place; not durable yet.
-    pub(super) fn write(&self, piece: Piece, bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn write(&self, piece: Piece, parts: &[&[u8]]) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
         let failed_before = self.failed_syncs.load(Ordering::Acquire);
         let file = self.file_to_write(place.file)?;
-        file.write_all_at(bytes, place.offset)?;
+        write_all_at(&file, parts, place.offset)?;
         let unsynced = &mut *lock(&self.unsynced);
         unsynced.add(place.file, &file);
         if self.failed_syncs.load(Ordering::Acquire) == failed_before {
@@ -183,8 +184,8 @@ impl Growing {
         Ok(())
     }
 
-    /// Appends a piece's bytes to `buf`.
-    pub(super) fn read(&self, piece: Piece, buf: &mut Vec<u8>) -> io::Result<()> {
+    /// Reads a piece into `parts`, which have room for exactly that.
+    pub(super) fn read(&self, piece: Piece, parts: &mut [IoSliceMut<'_>]) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
         let root = self.root()?;
         let file = match &self.content.files[place.file as usize].path {
@@ -194,9 +195,7 @@ impl Growing {
                 .open
                 .get((self.serial, place.file), || open_beneath(&root, path, For::Updating))?,
         };
-        let begin = buf.len();
-        buf.resize(begin + place.len as usize, 0);
-        file.read_exact_at(&mut buf[begin..], place.offset).inspect_err(|_| buf.truncate(begin))
+        read_exact_at(&file, parts, place.offset)
     }
 
     /// Opens a file anew, only to read what is on the disk now.
@@ -304,10 +303,10 @@ impl Growing {
     fn write_again(&self, doubtful: Vec<Piece>, lost: &mut Vec<Piece>) {
         let mut bytes = Vec::new();
         for piece in doubtful {
-            bytes.clear();
-            let good = self.read(piece, &mut bytes).is_ok()
-                && self.content.proof.verify(&self.content.layout, piece, &bytes)
-                && self.write(piece, &bytes).is_ok();
+            bytes.resize(self.content.layout.len_of(piece) as usize, 0);
+            let good = self.read(piece, &mut [IoSliceMut::new(&mut bytes)]).is_ok()
+                && self.content.proof.verify(&self.content.layout, piece, &[&bytes])
+                && self.write(piece, &[&bytes]).is_ok();
             if !good {
                 lost.push(piece);
             }

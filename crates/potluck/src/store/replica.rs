@@ -4,8 +4,7 @@
 //! Locks are taken in this order: `state`, then what [`Growing`] has, then `have`.
 
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, IoSliceMut};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -17,7 +16,7 @@ use potluck_core::time::WallTime;
 
 use super::Shared;
 use super::content::Content;
-use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder};
+use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder, read_exact_at};
 use super::growing::{At, Growing, stamps};
 use super::hashing::{Progress, in_parallel};
 use super::ledger::Entry;
@@ -140,14 +139,15 @@ impl Replica {
         self.content.proof.encode(&self.content.layout)
     }
 
-    /// Appends the bytes of `piece` to `buf`; nothing is appended where it fails.
-    pub(crate) fn read(&self, piece: Piece, buf: &mut Vec<u8>) -> Result<(), ReadError> {
+    /// Reads `piece` into `parts`, which have room for exactly that. What they hold where it fails
+    /// is of no use.
+    pub(crate) fn read(&self, piece: Piece, parts: &mut [IoSliceMut<'_>]) -> Result<(), ReadError> {
         if !lock(&self.have).has(piece) {
             return Err(ReadError::NotHeld);
         }
         match &*self.state() {
-            State::Whole(whole) => self.read_whole(whole, piece, buf),
-            State::Growing(growing) => growing.read(piece, buf).map_err(|e| match e.kind() {
+            State::Whole(whole) => self.read_whole(whole, piece, parts),
+            State::Growing(growing) => growing.read(piece, parts).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound => ReadError::Changed,
                 _ => ReadError::Disk(Error::io(cannot("read", &growing.at().part), &e)),
             }),
@@ -155,23 +155,24 @@ impl Replica {
         }
     }
 
-    fn read_whole(&self, whole: &Whole, piece: Piece, buf: &mut Vec<u8>) -> Result<(), ReadError> {
+    fn read_whole(
+        &self,
+        whole: &Whole,
+        piece: Piece,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> Result<(), ReadError> {
         let place = self.content.layout.place(piece).ok_or(ReadError::NotHeld)?;
-        let begin = buf.len();
         let stamp = self.open_whole(whole, place.file).and_then(|file| {
-            buf.resize(begin + place.len as usize, 0);
-            file.read_exact_at(&mut buf[begin..], place.offset)?;
+            read_exact_at(&file, parts, place.offset)?;
             // After the read, not before: whatever was read of a change had changed the times first.
             Ok(Stamp::of(&file.metadata()?))
         });
-        let result = match stamp {
-            Ok(stamp) if stamp == whole.stamps[place.file as usize] => return Ok(()),
-            Ok(_) => ReadError::Changed,
-            Err(error) if is_gone(&error) => ReadError::Changed,
-            Err(error) => ReadError::Disk(Error::io(cannot("read", &whole.path), &error)),
-        };
-        buf.truncate(begin);
-        Err(result)
+        match stamp {
+            Ok(stamp) if stamp == whole.stamps[place.file as usize] => Ok(()),
+            Ok(_) => Err(ReadError::Changed),
+            Err(error) if is_gone(&error) => Err(ReadError::Changed),
+            Err(error) => Err(ReadError::Disk(Error::io(cannot("read", &whole.path), &error))),
+        }
     }
 
     fn open_whole(&self, whole: &Whole, file: u32) -> io::Result<Arc<File>> {
@@ -185,13 +186,14 @@ impl Replica {
         })
     }
 
-    /// Verifies a piece and writes it at its place; any number of threads at once. Within about a
-    /// second it is durable. A crash before costs it, and never leaves it claimed.
-    pub(crate) fn put(&self, piece: Piece, bytes: &[u8]) -> Result<Put, PutError> {
+    /// Verifies a piece, in as many parts as it came in, and writes it at its place; any number of
+    /// threads at once. Within about a second it is durable. A crash before costs it, and never
+    /// leaves it claimed.
+    pub(crate) fn put(&self, piece: Piece, parts: &[&[u8]]) -> Result<Put, PutError> {
         if lock(&self.have).has(piece) {
             return Ok(Put::Duplicate);
         }
-        if !self.content.proof.verify(&self.content.layout, piece, bytes) {
+        if !self.content.proof.verify(&self.content.layout, piece, parts) {
             return Err(PutError::BadPiece);
         }
         let state = self.state();
@@ -204,10 +206,10 @@ impl Replica {
             return Err(PutError::Disk(Error::new(ErrorKind::Other, what)));
         };
         growing
-            .write(piece, bytes)
+            .write(piece, parts)
             .map_err(|e| PutError::Disk(Error::io(cannot("write to", &growing.at().part), &e)))?;
         // Held only when the flusher knows of it: finish flushes what is held.
-        self.shared.bell.written(bytes.len() as u64);
+        self.shared.bell.written(self.layout().len_of(piece).into());
         Ok(if lock(&self.have).insert(piece) { Put::New } else { Put::Duplicate })
     }
 
@@ -397,13 +399,14 @@ impl Replica {
             return true;
         }
         let state = self.state().clone();
-        let mut bytes = Vec::new();
+        let mut bytes = vec![0; self.layout().len_of(piece) as usize];
+        let parts = &mut [IoSliceMut::new(&mut bytes)];
         let read = match &state {
-            State::Growing(growing) => growing.read(piece, &mut bytes).is_ok(),
-            State::Whole(whole) => self.read_again(whole, piece, &mut bytes).is_ok(),
+            State::Growing(growing) => growing.read(piece, parts).is_ok(),
+            State::Whole(whole) => self.read_again(whole, piece, parts).is_ok(),
             State::Forgotten(_) => false,
         };
-        if read && self.content.proof.verify(self.layout(), piece, &bytes) {
+        if read && self.content.proof.verify(self.layout(), piece, &[&bytes]) {
             return false;
         }
         tracing::warn!(content = %self.id(), piece = piece.0, "a piece on this disk is bad");
@@ -421,10 +424,14 @@ impl Replica {
     }
 
     /// Reads whatever is there now, changed or not.
-    fn read_again(&self, whole: &Whole, piece: Piece, bytes: &mut Vec<u8>) -> io::Result<()> {
+    fn read_again(
+        &self,
+        whole: &Whole,
+        piece: Piece,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
-        bytes.resize(place.len as usize, 0);
-        self.open_whole(whole, place.file)?.read_exact_at(bytes, place.offset)
+        read_exact_at(&*self.open_whole(whole, place.file)?, parts, place.offset)
     }
 
     /// Makes durable, and claims, all that was put so far.

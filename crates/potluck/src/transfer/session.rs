@@ -14,12 +14,13 @@ use potluck_core::id::{PeerId, Piece};
 use potluck_core::time::Moment;
 use potluck_core::trust::{Certificate, Distrust};
 use potluck_core::wire::stream::{
-    Channel, Frame, Goodbye, MAX_CHANNELS, MAX_HOSTS, MAX_META, MAX_PIECES, Side,
+    Channel, Frame, Goodbye, MAX_CHANNELS, MAX_HOSTS, MAX_META, MAX_PIECES, Side, piece_head,
 };
 
 use super::gather::Listener;
 use super::limiter::Turn;
-use super::outbox::Outbox;
+use super::outbox::{Outbox, Sent};
+use super::secure::Secure;
 use super::{
     Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox,
 };
@@ -44,8 +45,6 @@ pub(super) struct Session {
     handle: Option<GetHandle>,
     /// The key the other side proved to hold, once TLS is up.
     key: Option<PeerId>,
-    /// A Hello that came together with the end of the TLS handshake, before `key` was known.
-    early_hello: Option<(Vec<u8>, u16)>,
     /// The certificate this machine showed.
     shown: Option<Certificate>,
     /// The other side's, believed: the connection is up.
@@ -149,7 +148,6 @@ impl Session {
             dialled,
             handle: Some(handle),
             key: None,
-            early_hello: None,
             shown: None,
             member: None,
             seat: None,
@@ -183,10 +181,7 @@ impl Session {
         if self.dialled {
             self.say_hello(&self.ctx.identity().ok_or(Gone::NotJoined)?.certificate.clone())?;
         }
-        match self.early_hello.take() {
-            Some((certificate, port)) => self.on_hello(&certificate, port),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn say_hello(&mut self, certificate: &Certificate) -> Result<(), Gone> {
@@ -197,12 +192,7 @@ impl Session {
 
     /// The other side shows its certificate: to come up, or a renewed one later.
     fn on_hello(&mut self, certificate: &[u8], port: u16) -> Result<(), Gone> {
-        let Some(key) = self.key else {
-            return match self.early_hello.replace((certificate.to_vec(), port)) {
-                None => Ok(()),
-                Some(_) => Err(Gone::Protocol("it speaks before it was believed")),
-            };
-        };
+        let key = self.key.ok_or(Gone::Protocol("it speaks before it was believed"))?;
         let certificate = Certificate::decode(certificate).map_err(|e| Gone::Protocol(e.0))?;
         if let Some(known) = &self.member
             && certificate.not_after <= known.not_after
@@ -455,16 +445,30 @@ impl Session {
 
 // Serving.
 impl Session {
-    /// Reads the next piece to be served into the outbox; false where there is none.
-    pub(super) fn begin_serve(&mut self) -> Result<bool, Gone> {
-        let Some((channel, piece)) = self.outbox.next_serve() else { return Ok(false) };
-        let Some(open) = open_theirs(&mut self.theirs, channel) else { return Ok(true) };
-        let Some(replica) = open.replica.as_ref().filter(|_| open.wanted.remove(&piece)) else {
-            self.report(Event::Unsent { channel, piece })?;
-            return Ok(true);
+    /// Reads the next piece to be served and seals it; false where that must wait until what was
+    /// sealed before is with the kernel.
+    pub(super) fn serve(&mut self, secure: &mut Secure) -> Result<bool, Gone> {
+        let Some((channel, piece)) = self.outbox.next_serve() else { return Ok(true) };
+        let open = open_theirs(&mut self.theirs, channel);
+        let Some(replica) =
+            open.and_then(|open| open.replica.clone().filter(|_| open.wanted.contains(&piece)))
+        else {
+            self.outbox.served();
+            return self.report(Event::Unsent { channel, piece }).map(|()| true);
         };
-        if let Err(error) = self.outbox.load(channel, piece, replica) {
-            self.report(Event::Unreadable { channel, piece, error })?;
+        let bytes = replica.layout().len_of(piece);
+        let head = piece_head(theirs(channel), piece, bytes as usize);
+        let sealed = secure.seal_with(&head, bytes as usize, |parts| replica.read(piece, parts))?;
+        if sealed == Ok(false) {
+            return Ok(false);
+        }
+        if let Some(open) = open_theirs(&mut self.theirs, channel) {
+            open.wanted.remove(&piece);
+        }
+        self.outbox.served();
+        match sealed {
+            Ok(_) => self.outbox.sealed(secure.sealed(), Sent { channel, piece, bytes }),
+            Err(error) => self.report(Event::Unreadable { channel, piece, error })?,
         }
         Ok(true)
     }
@@ -472,7 +476,7 @@ impl Session {
     /// Tells of the pieces that the kernel has taken whole, now that it has `written` bytes.
     pub(super) fn on_written(&mut self, written: u64) -> Result<(), Gone> {
         while let Some(sent) = self.outbox.sent(written) {
-            let super::outbox::Sent { channel, piece, bytes } = sent;
+            let Sent { channel, piece, bytes } = sent;
             self.mailbox.sent.fetch_add(bytes.into(), Ordering::Relaxed);
             if open_theirs(&mut self.theirs, channel).is_some() {
                 self.report(Event::Sent { channel, piece, bytes })?;
@@ -540,14 +544,14 @@ impl Listener for Session {
         Ok(true)
     }
 
-    fn on_piece(&mut self, channel: u16, piece: Piece, bytes: &[u8]) -> Result<(), Gone> {
-        let len = bytes.len() as u32;
-        self.mailbox.received.fetch_add(len.into(), Ordering::Relaxed);
+    fn on_piece(&mut self, channel: u16, piece: Piece, parts: &[&[u8]]) -> Result<(), Gone> {
+        let len = parts.iter().map(|part| part.len() as u32).sum();
+        self.mailbox.received.fetch_add(u64::from(len), Ordering::Relaxed);
         // Closed since the piece began to come in: of no use.
         let Some(open) = open_ours(&mut self.ours, channel) else { return Ok(()) };
         let Some(replica) = open.replica.clone() else { return Ok(()) };
         open.answered(piece);
-        let put = replica.put(piece, bytes);
+        let put = replica.put(piece, parts);
         if put == Err(PutError::BadPiece) {
             self.outbox.say(&Frame::Reject(ours(channel), piece))?;
         }
