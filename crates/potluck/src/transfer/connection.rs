@@ -53,7 +53,7 @@ pub(super) fn dialled(
 ) {
     let owner = owner.clone();
     let handle: GetHandle = Box::new(move || owner.upgrade().map(Connection));
-    let session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
+    let mut session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
     match connect(ctx, to, expect) {
         Ok(secure) => Thread::new(secure, session, mailbox, None).run(),
         Err(gone) => session.report_gone(&gone),
@@ -154,6 +154,7 @@ impl Thread {
         loop {
             self.read_mail()?;
             self.speak()?;
+            self.session.hand_over()?;
             let ready = self.wait()?;
             let now = clock::now();
             if ready.read {
@@ -274,7 +275,7 @@ impl Thread {
                 pass.let_in();
             }
         }
-        Ok(())
+        self.session.hand_over()
     }
 
     fn open(&mut self) -> Result<(), Gone> {
