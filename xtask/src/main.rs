@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a task speaks to who runs it")]
 
 mod bench;
+mod lab;
 mod proc;
 mod table;
 
@@ -23,6 +24,12 @@ enum Verb {
     /// Builds the release binary, runs real processes in a temporary folder, checks every result,
     /// and prints tables with medians. Compare only figures of one run.
     Bench(bench::Args),
+    /// Try swarms in a network made for it: hosts with links as slow as is asked for
+    ///
+    /// One seed and some fetchers, each a real process in a network namespace of its own. It verifies
+    /// every copy and compares the time of the last with the bound that nothing can beat. Needs root;
+    /// whatever it makes is gone when it ends, however it ends.
+    Lab(lab::Args),
     /// The authenticated echo that `bench index` measures against
     #[command(hide = true)]
     Echo,
@@ -31,6 +38,7 @@ enum Verb {
 fn main() -> anyhow::Result<()> {
     match Task::parse().task {
         Verb::Bench(args) => bench::run(&args),
+        Verb::Lab(args) => lab::run(&args),
         Verb::Echo => bench::echo::serve(),
     }
 }

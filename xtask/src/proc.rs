@@ -3,14 +3,16 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use potluck::control::Event;
+use potluck::daemon::{Role, socket_path};
 
 /// What `/proc` counts CPU time in, a second: the same on every Linux that Rust runs on.
 const TICKS: f64 = 100.0;
@@ -55,6 +57,37 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
     folders.find(|path| path.is_file())
 }
 
+/// Where and how a program runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// The one core it is kept to.
+    pub(crate) core: Option<usize>,
+    /// The network namespace it is in.
+    pub(crate) namespace: Option<String>,
+    /// The address it has there.
+    pub(crate) address: IpAddr,
+    /// The port it listens on; 0: any.
+    pub(crate) port: u16,
+    /// Where its log goes: a file in its folder, or else to whoever runs this.
+    pub(crate) logs: bool,
+}
+
+impl Place {
+    /// Any port of the loopback.
+    pub(crate) fn here() -> Self {
+        let address = Ipv4Addr::LOCALHOST.into();
+        Self { core: None, namespace: None, address, port: 0, logs: false }
+    }
+
+    /// A command that will run there. It becomes the program: its process id is the program's.
+    pub(crate) fn command(&self, program: &Path) -> Command {
+        let Some(namespace) = &self.namespace else { return on_core(self.core, program) };
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace]).arg(program);
+        command
+    }
+}
+
 /// A potluck process with a folder of its own.
 pub(crate) struct Machine {
     potluck: PathBuf,
@@ -67,26 +100,30 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts `potluck up` or `potluck index`; on one core, if that is given.
+    /// Starts `potluck up` or `potluck index`.
     pub(crate) fn start(
         potluck: &Path,
         under: &Path,
         verb: &str,
         name: &str,
-        core: Option<usize>,
+        place: &Place,
     ) -> Result<Self> {
         let home = under.join(name);
         fs::create_dir(&home)?;
-        let mut command = on_core(core, potluck);
-        command.args([verb, "--json", "--leash", "--listen", "127.0.0.1:0", "--state"]);
+        let mut command = place.command(potluck);
+        let listen = SocketAddr::new(place.address, place.port).to_string();
+        command.args([verb, "--json", "--leash", "--listen", &listen, "--state"]);
         command.arg(home.join("state"));
         if verb == "up" {
             command.args(["--label", name]);
         }
-        for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL"] {
+        for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LIMIT_UP", "POTLUCK_LIMIT_DOWN"] {
             command.env_remove(name);
         }
-        command.env("POTLUCK_LOG", "warn");
+        command.env("POTLUCK_LOG", env::var_os("POTLUCK_LOG").unwrap_or_else(|| "warn".into()));
+        if place.logs {
+            command.stderr(File::create(home.join("log"))?);
+        }
         // The pipe to its stdin is its leash: it ends with this process, however that ends.
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = Running(command.spawn().with_context(|| format!("cannot run {name}"))?);
@@ -103,7 +140,12 @@ impl Machine {
         under: &Path,
         core: Option<usize>,
     ) -> Result<(Self, String)> {
-        let index = Self::start(potluck, under, "index", "index", core)?;
+        Self::index_at(potluck, under, &Place { core, ..Place::here() })
+    }
+
+    /// Likewise, wherever it is to run.
+    pub(crate) fn index_at(potluck: &Path, under: &Path, place: &Place) -> Result<(Self, String)> {
+        let index = Self::start(potluck, under, "index", "index", place)?;
         let Event::Ready { invite: Some(invite), .. } = &index.ready else {
             bail!("the index is not ready: {:?}", index.ready);
         };
@@ -113,9 +155,14 @@ impl Machine {
 
     /// A peer that has joined.
     pub(crate) fn peer(potluck: &Path, under: &Path, name: &str, invite: &str) -> Result<Self> {
-        let peer = Self::start(potluck, under, "up", name, None)?;
+        let peer = Self::start(potluck, under, "up", name, &Place::here())?;
         peer.asks(["join", invite])?;
         Ok(peer)
+    }
+
+    /// Where a peer takes requests.
+    pub(crate) fn socket(&self) -> PathBuf {
+        socket_path(&self.home.join("state"), Role::Peer)
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -169,17 +216,18 @@ pub(crate) fn measure<T>(processes: &[u32], work: impl FnOnce() -> Result<T>) ->
     let look = || -> Result<_> {
         let cpu: Vec<f64> =
             processes.iter().map(|pid| Ok(times(*pid)?.own)).collect::<Result<_>>()?;
-        Ok((cpu, times(std::process::id())?, busy()?))
+        Ok((cpu, times(std::process::id())?, Busy::now()?))
     };
-    let (cpu_before, own_before, (busy_before, _)) = look()?;
+    let (cpu_before, own_before, busy_before) = look()?;
     let began = Instant::now();
     let result = work()?;
     let seconds = began.elapsed().as_secs_f64();
-    let (cpu, own, (busy, cores)) = look()?;
+    let (cpu, own, busy) = look()?;
     let cpu: Vec<f64> = cpu.iter().zip(cpu_before).map(|(after, before)| after - before).collect();
     let (children, own) = (own.children - own_before.children, own.own - own_before.own);
     let ours = cpu.iter().sum::<f64>() + children + own;
-    let others = ((busy - busy_before - ours) / (seconds * cores)).clamp(0.0, 1.0);
+    let programs = busy.programs - busy_before.programs;
+    let others = ((programs - ours) / (seconds * busy.cores)).clamp(0.0, 1.0);
     Ok((result, Cost { seconds, cpu, own, children, others }))
 }
 
@@ -200,18 +248,46 @@ fn times(pid: u32) -> Result<Times> {
     Ok(Times { own: (ticks[0] + ticks[1]) / TICKS, children: (ticks[2] + ticks[3]) / TICKS })
 }
 
-/// CPU seconds that programs used on this machine since it started, or that were stolen from it,
-/// and how many cores it has (this process may be kept to fewer). Interrupts are left out: they serve
-/// our own sockets.
-fn busy() -> Result<(f64, f64)> {
-    let stat = fs::read_to_string("/proc/stat")?;
-    let mut lines = stat.lines().take_while(|line| line.starts_with("cpu"));
-    let all = lines.next().context("/proc/stat is empty")?;
-    let ticks: Vec<f64> =
-        all.split_whitespace().skip(1).map(str::parse).collect::<Result<_, _>>()?;
-    // user, nice, system, idle, iowait, irq, softirq, steal
-    let get = |i: usize| ticks.get(i).copied().unwrap_or(0.0);
-    Ok(((get(0) + get(1) + get(2) + get(7)) / TICKS, lines.count() as f64))
+/// CPU seconds of every process but this one (and of its children that have ended): of the lab,
+/// where all that run are of it.
+pub(crate) fn everyone() -> Result<f64> {
+    let mut all = times(std::process::id())?.children;
+    for pid in processes()?.into_iter().filter(|pid| *pid != std::process::id()) {
+        // It may have ended between two looks.
+        all += times(pid).map_or(0.0, |times| times.own + times.children);
+    }
+    Ok(all)
+}
+
+/// Every process that can be seen.
+pub(crate) fn processes() -> Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc")?.filter_map(Result::ok);
+    Ok(entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// What this machine has done since it started.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Busy {
+    /// CPU seconds that programs used, or that were stolen from it.
+    pub(crate) programs: f64,
+    /// Likewise with interrupts, which serve our own sockets too.
+    pub(crate) all: f64,
+    /// How many cores it has: this process may be kept to fewer.
+    pub(crate) cores: f64,
+}
+
+impl Busy {
+    pub(crate) fn now() -> Result<Self> {
+        let stat = fs::read_to_string("/proc/stat")?;
+        let mut lines = stat.lines().take_while(|line| line.starts_with("cpu"));
+        let all = lines.next().context("/proc/stat is empty")?;
+        let ticks: Vec<f64> =
+            all.split_whitespace().skip(1).map(str::parse).collect::<Result<_, _>>()?;
+        // user, nice, system, idle, iowait, irq, softirq, steal
+        let get = |i: usize| ticks.get(i).copied().unwrap_or(0.0) / TICKS;
+        let programs = get(0) + get(1) + get(2) + get(7);
+        Ok(Self { programs, all: programs + get(5) + get(6), cores: lines.count() as f64 })
+    }
 }
 
 /// A line of `/proc/PID/status`, in MiB: `VmRSS` (memory now) or `VmHWM` (its highest ever).

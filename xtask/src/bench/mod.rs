@@ -104,7 +104,7 @@ fn room(dir: &Path) -> Result<u64> {
 }
 
 /// Processor, cores, kernel, and how busy it is.
-fn machine() -> Result<String> {
+pub(crate) fn machine() -> Result<String> {
     let cpu = fs::read_to_string("/proc/cpuinfo")?;
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
@@ -119,7 +119,7 @@ fn machine() -> Result<String> {
 }
 
 /// Makes a file of bytes that nowhere repeat; its hash.
-fn make_up(path: &Path, size: u64) -> Result<blake3::Hash> {
+pub(crate) fn make_up(path: &Path, size: u64) -> Result<blake3::Hash> {
     let mut stream = blake3::Hasher::new().update(b"potluck bench").finalize_xof();
     let mut file = File::create_new(path)?;
     let (mut hasher, mut left) = (blake3::Hasher::new(), size);
@@ -137,6 +137,12 @@ fn make_up(path: &Path, size: u64) -> Result<blake3::Hash> {
 
 /// Fails unless the file at `path` has this hash.
 fn check(path: &Path, expected: blake3::Hash) -> Result<()> {
+    ensure!(hash_of(path)? == expected, "{} is not what was sent", path.display());
+    Ok(())
+}
+
+/// The hash of a file.
+pub(crate) fn hash_of(path: &Path) -> Result<blake3::Hash> {
     let (mut file, mut hasher) = (File::open(path)?, blake3::Hasher::new());
     let mut chunk = vec![0; CHUNK];
     loop {
@@ -145,8 +151,7 @@ fn check(path: &Path, expected: blake3::Hash) -> Result<()> {
             n => hasher.update(&chunk[..n]),
         };
     }
-    ensure!(hasher.finalize() == expected, "{} is not what was sent", path.display());
-    Ok(())
+    Ok(hasher.finalize())
 }
 
 /// All runs of one way to do something.
