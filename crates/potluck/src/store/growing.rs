@@ -20,7 +20,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::content::Content;
 use super::files::{
-    For, OpenFiles, Stamp, lock, make_folder, open_beneath, open_file, open_file_to_update,
+    For, Looks, OpenFiles, Stamp, lock, make_folder, open_beneath, open_file, open_file_to_update,
     open_folder, part_path, preallocate, read_exact_at, remove_any, rename_new, rename_over,
     sync_folder, walk, write_all_at,
 };
@@ -71,6 +71,15 @@ impl At {
     fn folder(&self) -> &Path {
         self.target.parent().unwrap_or(Path::new("/"))
     }
+}
+
+/// What a look at the files found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Inspected {
+    /// All are there, with these stamps.
+    Good(Vec<Stamp>),
+    /// These pieces are not.
+    Lost(Vec<Piece>),
 }
 
 /// What was written since the last good sync.
@@ -371,38 +380,39 @@ impl Growing {
     }
 
     /// Looks whether all files are there with the right sizes. Those that are not (somebody else was
-    /// at them) are removed, and their pieces returned: they are to be fetched again.
-    pub(super) fn inspect(&self) -> io::Result<Vec<Piece>> {
+    /// at them) are removed, and their pieces lost: they are to be fetched again.
+    pub(super) fn inspect(&self) -> io::Result<Inspected> {
         let root = self.root()?;
         let own = root.metadata()?;
+        let layout = &self.content.layout;
         let Some(lies) = self.lies(&own) else {
             *lock(&self.root) = None;
             self.open.close(self.serial);
-            return Ok((0..self.content.layout.pieces()).map(Piece).collect());
+            return Ok(Inspected::Lost((0..layout.pieces()).map(Piece).collect()));
         };
-        let mut lost = Vec::new();
+        let (mut stamps, mut lost) = (Vec::with_capacity(self.content.files.len()), Vec::new());
+        let mut looks = Looks::beneath(&root);
         for (file, number) in self.content.files.iter().zip(0..) {
-            let size = self.content.layout.size_of(number);
-            match &file.path {
-                None if own.len() == size => {}
-                None => {
-                    root.set_len(size)?;
-                    lost.extend(self.content.layout.pieces_of(number).map(Piece));
-                }
-                Some(path) => {
-                    let path = lies.join(path.as_str());
-                    let meta = path.symlink_metadata();
-                    if !meta.is_ok_and(|meta| meta.is_file() && meta.len() == size) {
-                        remove_any(&path)?;
-                        lost.extend(self.content.layout.pieces_of(number).map(Piece));
+            let stamp = match &file.path {
+                Some(path) => looks.at(path),
+                None => Ok(Stamp::of(&own)),
+            };
+            match stamp {
+                Ok(stamp) if stamp.size == layout.size_of(number) => stamps.push(stamp),
+                _ => {
+                    match &file.path {
+                        Some(path) => remove_any(&lies.join(path.as_str()))?,
+                        None => root.set_len(layout.total())?,
                     }
+                    lost.extend(layout.pieces_of(number).map(Piece));
                 }
             }
         }
-        if !lost.is_empty() {
-            self.open.close(self.serial);
+        if stamps.len() == self.content.files.len() {
+            return Ok(Inspected::Good(stamps));
         }
-        Ok(lost)
+        self.open.close(self.serial);
+        Ok(Inspected::Lost(lost))
     }
 
     /// The name it has: the temporary one, or (after an attempt that failed half-way) the final one.
@@ -414,11 +424,12 @@ impl Growing {
         })
     }
 
-    /// Gives it its final name, durably, and returns the stamps of its files there.
+    /// Gives it its final name, durably, and returns the stamps of its files there, which were these
+    /// `before`.
     ///
     /// # Errors
     /// `AlreadyExists`: something has that name, and it may not be overwritten. It stays as it is.
-    pub(super) fn rename(&self) -> io::Result<Vec<Stamp>> {
+    pub(super) fn rename(&self, before: Vec<Stamp>) -> io::Result<Vec<Stamp>> {
         let at = self.at();
         let own = self.root()?.metadata()?;
         lock(&self.journal).append(&[Record::Renaming(own.ino())])?;
@@ -433,7 +444,11 @@ impl Growing {
             remove_any(&at.part)?;
         }
         sync_folder(at.folder())?;
-        stamps(&self.content, &at.target)
+        match self.content.id.kind {
+            // A file's own time of change is that of its new name.
+            Kind::File => stamps(&self.content, &at.target),
+            Kind::Folder => Ok(before),
+        }
     }
 
     /// It is whole, or given up: the journal goes.
@@ -484,14 +499,12 @@ impl Drop for Growing {
 
 /// The stamps of a content's files as they lie at `path`.
 pub(super) fn stamps(content: &Content, path: &Path) -> io::Result<Vec<Stamp>> {
-    let stamp = |name: &super::content::FileName| {
-        let meta = match &name.path {
-            Some(within) => path.join(within.as_str()).symlink_metadata(),
-            None => path.symlink_metadata(),
-        };
-        meta.map(|meta| Stamp::of(&meta))
-    };
-    content.files.iter().map(stamp).collect()
+    if content.id.kind == Kind::File {
+        return Ok(vec![Stamp::of(&path.symlink_metadata()?)]);
+    }
+    let root = open_folder(path)?;
+    let mut looks = Looks::beneath(&root);
+    content.files.iter().filter_map(|file| file.path.as_ref()).map(|path| looks.at(path)).collect()
 }
 
 /// Makes a new, empty temporary file or folder at `part`, locked, with its room where the file system

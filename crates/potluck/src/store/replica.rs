@@ -17,7 +17,7 @@ use potluck_core::time::WallTime;
 use super::Shared;
 use super::content::Content;
 use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder, read_exact_at};
-use super::growing::{At, Growing, stamps};
+use super::growing::{At, Growing, Inspected, stamps};
 use super::hashing::{Progress, in_parallel};
 use super::ledger::Entry;
 use crate::clock;
@@ -176,14 +176,19 @@ impl Replica {
     }
 
     fn open_whole(&self, whole: &Whole, file: u32) -> io::Result<Arc<File>> {
-        let open = &self.shared.open;
-        open.get((self.serial, file), || match &self.content.files[file as usize].path {
+        let kept = &self.shared.open;
+        let open = || match &self.content.files[file as usize].path {
             None => open_file(&whole.path),
             Some(path) => {
-                let root = open.get((self.serial, ROOT), || open_folder(&whole.path))?;
+                let root = kept.get((self.serial, ROOT), || open_folder(&whole.path))?;
                 open_beneath(&root, path, For::Reading)
             }
-        })
+        };
+        match self.content.layout.pieces_of(file).len() {
+            // Read whole: keeping it would only close another that is read on.
+            1 => open().map(Arc::new),
+            _ => kept.get((self.serial, file), open),
+        }
     }
 
     /// Verifies a piece, in as many parts as it came in, and writes it at its place; any number of
@@ -243,13 +248,17 @@ impl Replica {
         if !growing.is_flushed() {
             self.flush_growing(&growing)?;
         }
-        let lost = growing.inspect().map_err(|e| failed(&e))?;
-        if !lost.is_empty() || !self.is_complete() {
-            self.lose(&growing, &lost);
-            return Err(self.incomplete());
-        }
         let hashed = clock::wall();
-        let stamps = growing.rename().map_err(|e| self.rename_failed(&growing.at().target, &e))?;
+        let stamps = match growing.inspect().map_err(|e| failed(&e))? {
+            Inspected::Good(stamps) if self.is_complete() => stamps,
+            Inspected::Good(_) => return Err(self.incomplete()),
+            Inspected::Lost(pieces) => {
+                self.lose(&growing, &pieces);
+                return Err(self.incomplete());
+            }
+        };
+        let stamps =
+            growing.rename(stamps).map_err(|e| self.rename_failed(&growing.at().target, &e))?;
         let whole = Arc::new(Whole { path: growing.at().target, stamps, hashed });
         self.shared.open.close(self.serial);
         *state = State::Whole(Arc::clone(&whole));

@@ -1,5 +1,6 @@
 //! The store on a real disk: sharing, fetching, crashes, changes behind its back.
 
+use super::growing::Inspected;
 use super::*;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -817,7 +818,8 @@ fn a_crash_around_the_final_rename_neither_loses_nor_repeats_it() {
         to.store().flush().unwrap();
         let growing = replica.as_growing().unwrap();
         growing.complete().unwrap();
-        growing.rename().unwrap();
+        let Inspected::Good(stamps) = growing.inspect().unwrap() else { panic!("all is there") };
+        growing.rename(stamps).unwrap();
         to.kill();
         drop((growing, replica));
         let replica = to.restart().into_iter().find(|r| r.id() == source.id()).unwrap();

@@ -59,7 +59,7 @@ pub(super) fn dialled(
 ) {
     let owner = owner.clone();
     let handle: GetHandle = Box::new(move || owner.upgrade().map(Connection));
-    let session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
+    let mut session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
     match connect(ctx, to, expect) {
         Ok(secure) => Thread::new(secure, session, mailbox, None).run(),
         Err(gone) => session.report_gone(&gone),
@@ -172,6 +172,7 @@ impl Thread {
         loop {
             self.read_mail()?;
             self.speak()?;
+            self.session.hand_over()?;
             let ready = self.wait()?;
             let now = clock::now();
             if ready.read {
@@ -334,7 +335,7 @@ impl Thread {
             self.alive = self.heard;
             self.session.report_alive(self.gather.is_amid())?;
         }
-        Ok(())
+        self.session.hand_over()
     }
 
     /// Opens what was read and does what it says, as far as it could be opened.

@@ -31,6 +31,8 @@ use crate::store::{PutError, Replica};
 const MAX_WANTS: usize = 4_096;
 /// Pieces the other side may reject on one connection: each costs us a look at the disk.
 const MAX_REJECTS: u32 = 64;
+/// Reports that wait to be handed over together.
+const MAX_REPORTS: usize = 64;
 
 /// How the first [`Event::Up`] gets its handle; `None`: nobody wants it any more.
 pub(super) type GetHandle = Box<dyn FnOnce() -> Option<Connection> + Send>;
@@ -54,6 +56,8 @@ pub(super) struct Session {
     ours: BTreeMap<u16, Ours>,
     theirs: BTreeMap<u16, Theirs>,
     rejects: u32,
+    /// What the engine is still to be told.
+    reports: Vec<Event>,
     pub(super) outbox: Outbox,
     /// What is said last, if we were told.
     pub(super) goodbye: Option<(Goodbye, String)>,
@@ -154,6 +158,7 @@ impl Session {
             ours: BTreeMap::new(),
             theirs: BTreeMap::new(),
             rejects: 0,
+            reports: Vec::new(),
             outbox: Outbox::default(),
             goodbye: None,
         }
@@ -239,18 +244,29 @@ impl Session {
 
     /// The last event, where the engine knows of the connection: callers that never came up are
     /// nothing to it.
-    pub(super) fn report_gone(&self, why: &Gone) {
+    pub(super) fn report_gone(&mut self, why: &Gone) {
         let (conn, address, peer) = (self.conn.0, self.address, self.key);
         tracing::debug!(conn, %address, ?peer, self.dialled, %why, "a connection is over");
         self.mailbox.close();
         if self.is_up() || self.dialled {
             let _ = self.report(Event::Gone { why: why.clone() });
         }
+        let _ = self.hand_over();
     }
 
-    /// Tells the engine. Waits while its queue is full; ends the connection when it is gone.
-    fn report(&self, event: Event) -> Result<(), Gone> {
-        self.ctx.events.send((self.conn, event)).map_err(|_| Gone::Ended)
+    /// Tells the engine, together with what else there is to tell by the next [`Session::hand_over`]:
+    /// small pieces come by the dozen, and each by itself would wake the engine's thread.
+    fn report(&mut self, event: Event) -> Result<(), Gone> {
+        self.reports.push(event);
+        if self.reports.len() < MAX_REPORTS { Ok(()) } else { self.hand_over() }
+    }
+
+    /// Hands over what was reported. Waits while the engine's queue is full; ends the connection
+    /// when the engine is gone.
+    pub(super) fn hand_over(&mut self) -> Result<(), Gone> {
+        let mut reports = self.reports.drain(..);
+        reports
+            .try_for_each(|event| self.ctx.events.send((self.conn, event)).map_err(|_| Gone::Ended))
     }
 }
 
@@ -266,7 +282,7 @@ impl Session {
     }
 
     /// The other side has said something, and owes us something more.
-    pub(super) fn report_alive(&self, coming: bool) -> Result<(), Gone> {
+    pub(super) fn report_alive(&mut self, coming: bool) -> Result<(), Gone> {
         self.report(Event::Alive { coming })
     }
 
@@ -482,7 +498,7 @@ impl Session {
                 self.report(Event::Sent { channel, piece, bytes })?;
             }
         }
-        Ok(())
+        self.hand_over()
     }
 }
 
