@@ -118,9 +118,10 @@ pub(crate) fn machine() -> Result<String> {
     ))
 }
 
-/// Makes a file of bytes that nowhere repeat; its hash.
+/// Makes a file of bytes that nowhere repeat, nor in a file of another name; its hash.
 pub(crate) fn make_up(path: &Path, size: u64) -> Result<blake3::Hash> {
-    let mut stream = blake3::Hasher::new().update(b"potluck bench").finalize_xof();
+    let name = path.file_name().context("a file has a name")?;
+    let mut stream = blake3::Hasher::new().update(name.as_encoded_bytes()).finalize_xof();
     let mut file = File::create_new(path)?;
     let (mut hasher, mut left) = (blake3::Hasher::new(), size);
     let mut chunk = vec![0; CHUNK];
