@@ -117,7 +117,7 @@ impl Machine {
         if verb == "up" {
             command.args(["--label", name]);
         }
-        for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL"] {
+        for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LIMIT_UP", "POTLUCK_LIMIT_DOWN"] {
             command.env_remove(name);
         }
         command.env("POTLUCK_LOG", env::var_os("POTLUCK_LOG").unwrap_or_else(|| "warn".into()));

@@ -19,6 +19,7 @@
 //! | [`catalog`] ← [`registrar`] | the index: who hosts what; what it answers |
 //! | [`link`] | a peer's line to the index |
 //! | [`swarm`], [`sharing`] | a content being fetched; whom to serve |
+//! | [`limit`] | how many bytes may move by when |
 //! | `sim` | a seeded world to try them in (feature `sim`) |
 
 pub mod bitfield;
@@ -27,6 +28,7 @@ pub mod dice;
 pub mod fault;
 pub mod id;
 pub mod layout;
+pub mod limit;
 pub mod link;
 pub mod manifest;
 mod pace;

@@ -113,6 +113,8 @@ pub struct Sharing {
     turn: u64,
     comings: u64,
     pace: Pace,
+    /// Bytes a second that may go out at all, where the owner keeps to a limit.
+    limit: Option<u64>,
     meter: Meter,
     tick_at: Option<Moment>,
     counts: Counts,
@@ -190,11 +192,18 @@ impl Sharing {
             turn: 0,
             comings: 0,
             pace: Pace::of_sockets(),
+            limit: None,
             meter: Meter::default(),
             tick_at: None,
             counts: Counts::default(),
             outputs: VecDeque::new(),
         }
+    }
+
+    /// All lines together send so many bytes a second at the most, from now on: what takes long for
+    /// that alone is not taken for stuck, nor granted to somebody else.
+    pub const fn set_limit(&mut self, bytes_a_second: Option<u64>) {
+        self.limit = bytes_a_second;
     }
 
     /// Shares a content, numbered by the owner; a number that is in use is left as it is.
@@ -342,6 +351,7 @@ impl Sharing {
     /// This piece will not be sent after all: unreadable, or cancelled in time.
     pub fn on_unsent(&mut self, now: Moment, host: Host, content: u32, piece: Piece) {
         if self.unload(now, host, content, piece).is_some() {
+            self.counts.unsent += 1;
             self.rest_paces(now, host);
             self.with_grants(now, host, content, |grants, peer| {
                 grants.on_declined(now, peer, piece);
@@ -379,6 +389,7 @@ impl Sharing {
             let waited = line.sending.front().map_or(Duration::ZERO, |s| now.since(s.since));
             if waited >= patience && !line.stuck {
                 line.stuck = true;
+                self.counts.stuck += 1;
                 self.sending -= line.sending_bytes;
             }
         }
@@ -408,8 +419,11 @@ impl Sharing {
 
     /// How long a line may take for a piece before it counts as stuck.
     fn patience(&self) -> Duration {
-        let usual = self.pace.time_for(STUCK_TIMES * self.sending);
-        usual.map_or(STUCK_FIRST, |usual| usual.max(STUCK_LEAST))
+        let bytes = STUCK_TIMES * self.sending;
+        let usual = self.pace.time_for(bytes).map_or(STUCK_FIRST, |usual| usual.max(STUCK_LEAST));
+        let micros = |rate| bytes.saturating_mul(1_000_000).checked_div(rate);
+        let limited = self.limit.and_then(micros).map(Duration::from_micros);
+        limited.map_or(usual, |limited| usual.max(limited))
     }
 
     /// How busy we are, for the index.
@@ -663,7 +677,12 @@ impl Sharing {
 
     fn outflow(&self) -> Outflow {
         let idle = self.waiting == 0 && self.sending == 0;
-        Outflow { rate: self.pace.rate(), idle }
+        let rate = match (self.pace.rate(), self.limit) {
+            (0, Some(limit)) => limit,
+            (rate, Some(limit)) => rate.min(limit),
+            (rate, None) => rate,
+        };
+        Outflow { rate, idle }
     }
 
     /// Serves and grants what there is room for; grants of this content, or of all that are open.
@@ -803,4 +822,8 @@ pub struct Counts {
     pub granted: u64,
     /// Grants that were not taken in time.
     pub withdrawn: u64,
+    /// Pieces given to a connection that were not sent: cancelled in time, or unreadable.
+    pub unsent: u64,
+    /// Times that a connection's socket took nothing for too long.
+    pub stuck: u64,
 }

@@ -127,22 +127,30 @@ pub enum Waiting {
 /// What happened so far; a swarm that heals hides its wounds, so they are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Pieces that came in new, and their bytes.
+    /// Pieces that came in new.
     pub new: u32,
     /// Bytes of them.
     pub new_bytes: u64,
-    /// Bytes that came in a second time.
+    /// Pieces that came in a second time.
+    pub duplicates: u32,
+    /// Bytes of them.
     pub duplicate_bytes: u64,
     /// Pieces that did not match their proof.
     pub bad: u32,
     /// Pieces that our disk did not take.
     pub failed: u32,
-    /// Times that a host's patience ran out.
+    /// Times that our patience with a host ran out.
     pub stalls: u32,
+    /// Pieces taken back from a host that was too slow with them, to be asked of others.
+    pub steals: u32,
     /// Pieces that a host was too busy for.
     pub busy: u32,
+    /// Pieces put on offer again since what was asked came to nothing, for whichever reason.
+    pub retries: u32,
     /// Pieces asked for of a second host in the endgame.
     pub endgame: u32,
+    /// Grants that were not taken: asked of others already, or no room for them.
+    pub declined: u32,
 }
 
 /// One content being fetched.
@@ -277,6 +285,7 @@ impl Swarm {
                 declined.push(piece);
             }
         }
+        self.counts.declined += declined.len() as u32;
         self.cancel(host, declined);
         self.fill(now);
     }
@@ -325,6 +334,14 @@ impl Swarm {
             }
         }
         self.fill(now);
+    }
+
+    /// This host owes us pieces and said something; `coming`: a part of one of them. It is there, then,
+    /// however slow it is, and however long others are served before us.
+    pub fn on_alive(&mut self, now: Moment, host: Host, coming: bool) {
+        if let Some(n) = self.hosts.get_mut(&host) {
+            n.alive(now, coming);
+        }
     }
 
     /// The host closed the channel, or its connection is over.
@@ -431,7 +448,7 @@ impl Swarm {
             return Some(Waiting::NoHosts);
         }
         if !self.asked.is_empty() {
-            let quiet = |n: &Neighbour| n.waited(now).is_none_or(|waited| waited > QUIET);
+            let quiet = |n: &Neighbour| n.silent(now).is_none_or(|silent| silent > QUIET);
             return self.hosts.values().all(quiet).then_some(Waiting::Silent);
         }
         let useful = || self.hosts.values().filter(|n| !n.open.is_empty());
@@ -571,6 +588,7 @@ impl Swarm {
             (true, Some(second)) => *askers = Askers { first: second, second: None },
             (true, None) => {
                 self.asked.remove(&piece);
+                self.counts.retries += 1;
                 self.offer(piece);
             }
             (false, _) => askers.second = None,
@@ -583,6 +601,7 @@ impl Swarm {
     /// `piece` is here.
     fn hold(&mut self, now: Moment, host: Host, piece: Piece, bytes: u32) {
         if !self.have.insert(piece) {
+            self.counts.duplicates += 1;
             self.counts.duplicate_bytes += u64::from(bytes);
             return;
         }
@@ -630,8 +649,9 @@ impl Swarm {
 
     /// The host let us wait too long.
     fn stall(&mut self, now: Moment, host: Host) {
-        self.counts.stalls += 1;
         let pieces = self.take_all_back(now, host);
+        self.counts.stalls += 1;
+        self.counts.steals += pieces.len() as u32;
         self.cancel(host, pieces);
         let Some(n) = self.hosts.get_mut(&host) else { return };
         n.rest = now + REST;

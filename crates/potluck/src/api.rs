@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, unbounded};
 use potluck_core::id::ContentId;
+use potluck_core::limit::Limit;
 use potluck_core::trust::{Invitation, Role};
 
 use crate::control::{Event, IfExists, Request, Row, Source};
@@ -142,6 +143,17 @@ impl Peer {
             Event::Listing { rows } => Ok(rows),
             _ => Err(odd()),
         }
+    }
+
+    /// Sends and receives no faster than this from now on, over all transfers together; `None` leaves
+    /// a limit as it is. For this run alone: [`crate::Settings`] has those of the next.
+    ///
+    /// # Errors
+    /// The peer is stopping.
+    pub fn limit(&self, up: Option<Limit>, down: Option<Limit>) -> Result<()> {
+        let rate = |limit: Limit| limit.bytes_a_second().unwrap_or(0);
+        let (up, down) = (up.map(rate), down.map(rate));
+        self.result(Request::Limit { up, down, keep: false }).map(drop)
     }
 
     /// Hosts `what` (a name, id or path) no more; the file stays.

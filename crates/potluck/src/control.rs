@@ -87,6 +87,19 @@ pub enum Request {
         /// A machine's id (or its first characters, or its label), or `invitation:ID`.
         who: String,
     },
+    /// How fast this process may send and receive, in bytes a second; 0 is no limit, and what is not
+    /// given stays as it is. → `limits`
+    Limit {
+        /// To others, all together.
+        #[serde(default)]
+        up: Option<u64>,
+        /// From others, all together.
+        #[serde(default)]
+        down: Option<u64>,
+        /// The next process keeps to them too.
+        #[serde(default)]
+        keep: bool,
+    },
     /// Stop the process. → `stopping`
     Down,
 }
@@ -291,6 +304,13 @@ pub enum Event {
         /// How many.
         count: u32,
     },
+    /// The limits as they are now, in bytes a second.
+    Limits {
+        /// To others; none: no limit.
+        up: Option<u64>,
+        /// From others, likewise.
+        down: Option<u64>,
+    },
     /// The process stops.
     Stopping,
     /// The request failed.
@@ -488,6 +508,12 @@ pub struct Status {
     pub sent: u64,
     /// Bytes of pieces received.
     pub received: u64,
+    /// Bytes a second it may send; none: no limit.
+    #[serde(default)]
+    pub limit_up: Option<u64>,
+    /// Bytes a second it may receive, likewise.
+    #[serde(default)]
+    pub limit_down: Option<u64>,
     /// What it hosts or fetches.
     pub contents: Vec<ContentStatus>,
 }
@@ -571,6 +597,8 @@ mod tests {
             seconds: 1,
             sent: 0,
             received: 0,
+            limit_up: None,
+            limit_down: Some(125_000),
             contents: vec![],
         }));
         for event in [progress(), Event::Stopping, Event::Note { text: "a\nb".into() }, status] {

@@ -40,4 +40,5 @@ pub use error::{Error, ErrorKind, Result};
 pub use index::{DEFAULT_PORT as INDEX_PORT, Index, IndexSettings};
 pub use peer::{DEFAULT_PORT as PEER_PORT, Peer, Settings};
 pub use potluck_core::id::{ContentId, Name, NetworkId, PeerId, Version};
+pub use potluck_core::limit::Limit;
 pub use potluck_core::trust::{Invitation, Role};

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use assert_cmd::assert::OutputAssertExt;
 
-const VERBS: [&str; 18] = [
+const VERBS: [&str; 19] = [
     "share",
     "get",
     "ls",
@@ -16,6 +16,7 @@ const VERBS: [&str; 18] = [
     "unshare",
     "status",
     "peers",
+    "limit",
     "verify",
     "join",
     "leave",
@@ -31,7 +32,9 @@ const VERBS: [&str; 18] = [
 /// The program with a state folder of its own and no settings of whoever runs the tests.
 fn potluck(state: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_potluck"));
-    for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LOG"] {
+    for name in
+        ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LIMIT_UP", "POTLUCK_LIMIT_DOWN", "POTLUCK_LOG"]
+    {
         command.env_remove(name);
     }
     command.env("POTLUCK_STATE", state.join("state")).current_dir(state).stdin(Stdio::null());
@@ -122,7 +125,7 @@ fn exit_codes_are_documented() {
 #[test]
 fn what_is_not_understood_ends_with_2_before_anything_is_started() {
     let dir = tempfile::tempdir().unwrap();
-    let wrong: [&[&str]; 17] = [
+    let wrong: [&[&str]; 19] = [
         &["dance"],
         &["share"],
         &["get"],
@@ -132,6 +135,8 @@ fn what_is_not_understood_ends_with_2_before_anything_is_started() {
         &["get", "film", "--overwrite", "--skip"],
         &["get", "film", "--timeout", "soon"],
         &["get", "film", "--seed", "10m"],
+        &["get", "film", "--limit-down", "20Mb"],
+        &["limit", "--up", "1k"],
         &["get", "film", "--listen", "somewhere"],
         &["join", "hello"],
         &["join", "-"],
@@ -160,7 +165,7 @@ fn aliases_mean_the_same() {
 #[test]
 fn where_nothing_runs_it_is_said_and_nothing_is_started() {
     let dir = tempfile::tempdir().unwrap();
-    for verb in ["status", "peers"] {
+    for verb in ["status", "peers", "limit"] {
         let text = stderr(dir.path(), &[verb], 3);
         assert!(text.starts_with("potluck: no peer runs for "), "{text}");
         assert!(text.contains("\n  hint: "), "{text}");

@@ -256,6 +256,32 @@ fn a_reader_whose_socket_is_stuck_keeps_nobody_waiting() {
 }
 
 #[test]
+fn what_a_limit_makes_slow_is_not_taken_for_stuck() {
+    let mut w = Watched::new(100, true);
+    w.sharing.set_limit(Some(PIECE / 4));
+    w.opens(ms(0), 1);
+    w.opens(ms(0), 2);
+    let granted = w.granted();
+    let (host, piece) = granted[0];
+    w.wants(ms(0), host, [piece]);
+    let other = 3 - host;
+    w.wants(ms(0), other, [99]);
+    assert_eq!(w.served(), [(host, piece)]);
+    // Four seconds a piece are usual, then, and twelve too many.
+    for tenth in 0..40 {
+        w.tick(ms(tenth * 100));
+        assert_eq!(w.served(), [], "one after the other");
+    }
+    w.sent(ms(4_000), host, piece);
+    assert_eq!(w.served(), [(other, 99)]);
+    w.tick(ms(15_999));
+    w.wants(ms(15_999), host, [98]);
+    assert_eq!(w.served(), []);
+    w.tick(ms(16_000));
+    assert_eq!(w.served(), [(host, 98)]);
+}
+
+#[test]
 fn what_is_cancelled_or_lost_or_closed_is_not_sent() {
     let mut w = Watched::new(100, false);
     w.opens(ms(0), 1);

@@ -26,6 +26,8 @@ const LEAST_PATIENCE: Duration = Duration::from_millis(300);
 const MOST_PATIENCE: Duration = Duration::from_secs(30);
 /// Before it is late, an answer lags: after twice the usual time, and not before this.
 const LAGS: Duration = Duration::from_millis(100);
+/// Whoever owes us pieces for long shows that it is there within this: its pings come every 5 s.
+const SIGN: Duration = Duration::from_secs(8);
 /// What a first answer may take, besides the piece's bytes at [`FIRST_RATE`].
 const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes a second that are expected of a host that was never measured.
@@ -58,6 +60,10 @@ pub(super) struct Neighbour {
     asked_bytes: u64,
     /// The first of `asked` has had the host to itself since then.
     turn: Moment,
+    /// When it last showed that it is there, …
+    sign: Option<Moment>,
+    /// … and that a piece is on its way.
+    coming: Moment,
     /// What was taken back from it may still come: since when it was waited for.
     late: Option<Moment>,
     usual: Option<Duration>,
@@ -78,6 +84,8 @@ impl Neighbour {
             asked: VecDeque::new(),
             asked_bytes: 0,
             turn: Moment::ZERO,
+            sign: None,
+            coming: Moment::ZERO,
             late: None,
             usual: None,
             quickest: None,
@@ -150,6 +158,16 @@ impl Neighbour {
         found.is_some()
     }
 
+    /// It shows that it is there, or even (`coming`) that a piece is on its way: then that one is
+    /// waited for, instead of asking somebody else for it as well.
+    pub(super) fn alive(&mut self, now: Moment, coming: bool) {
+        self.stalls = 0;
+        self.sign = Some(now);
+        if coming {
+            self.coming = now;
+        }
+    }
+
     /// Takes one ask back. True if it had been asked for.
     pub(super) fn take_back(&mut self, now: Moment, piece: Piece) -> bool {
         let Some(at) = self.asked.iter().position(|a| a.piece == piece) else { return false };
@@ -184,13 +202,19 @@ impl Neighbour {
                 FIRST_PATIENCE + Duration::from_millis(u64::from(first.bytes) * 1_000 / FIRST_RATE)
             }
         };
-        Some(self.turn + patience)
+        Some(self.turn.max(self.coming) + patience)
     }
 
     /// Whether the answer that is due takes so long that others should be asked ahead instead.
     pub(super) fn lags(&self, now: Moment) -> bool {
         let usual = self.usual.unwrap_or_default();
         self.waited(now).is_some_and(|waited| waited > LAGS.max(usual * 2))
+    }
+
+    /// How long it has given no sign, while an answer is due.
+    pub(super) fn silent(&self, now: Moment) -> Option<Duration> {
+        let shown = self.sign.is_some_and(|at| now.since(at) < SIGN);
+        self.waited(now).map(|waited| if shown { Duration::ZERO } else { waited })
     }
 
     /// How long the answer that is due has been waited for.

@@ -527,3 +527,42 @@ proptest! {
 fn pieces_of(layout: &Layout) -> u32 {
     layout.pieces()
 }
+
+#[test]
+fn a_host_whose_piece_takes_minutes_is_waited_for_as_long_as_it_comes() {
+    // Both ends may keep to a limit at which a piece takes longer than any patience: it was asked
+    // for again and again, and its host dropped for silence.
+    let mut w = Watched::new(10);
+    w.host_with(ms(0), 1, 0..10);
+    w.host_with(ms(0), 2, 0..10);
+    let first = w.asked(1)[0];
+    for second in 1..300 {
+        let now = ms(second * 1_000);
+        w.swarm.on_alive(now, Host(1), true);
+        w.swarm.on_alive(now, Host(2), true);
+        w.tick(now);
+        assert_eq!(w.swarm.waiting(now), None);
+    }
+    assert_eq!(w.swarm.counts().stalls, 0);
+    w.arrives(ms(300_000), 1, first);
+    assert_eq!(w.swarm.counts().duplicate_bytes, 0);
+    // And when nothing more comes of it, it is late as ever.
+    w.tick(ms(331_000));
+    assert_eq!(w.swarm.counts().stalls, 2);
+}
+
+#[test]
+fn a_host_that_serves_others_first_and_says_so_is_asked_elsewhere_but_not_dropped() {
+    let drop = Output::Drop { host: Host(1), why: Why::Silent };
+    let mut w = Watched::new(10);
+    w.host_with(ms(0), 1, 0..10);
+    for tenth in 1..3_000 {
+        let now = ms(tenth * 100);
+        if tenth % 50 == 0 {
+            w.swarm.on_alive(now, Host(1), false); // a ping every 5 s
+        }
+        w.tick(now);
+    }
+    assert!(w.swarm.counts().stalls > 50);
+    assert_eq!(w.said(&drop), 0);
+}

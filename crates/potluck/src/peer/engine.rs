@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, after, select};
 use potluck_core::id::{ContentId, PeerId, RequestId};
+use potluck_core::limit::Limit;
 use potluck_core::link::LinkError;
 use potluck_core::sharing::Sharing;
 use potluck_core::swarm::Host;
@@ -211,10 +212,30 @@ impl Engine {
                 self.host(&replica, false);
             }
         }
+        self.begin_limits();
         self.begin_network();
         for id in self.contents.keys().copied().collect::<Vec<_>>() {
             self.register(id);
             self.locate(id);
+        }
+    }
+
+    fn begin_limits(&mut self) {
+        let kept = self.notes().limits().unwrap_or_else(|e| {
+            warn!(error = %e, "cannot read what limits were set");
+            None
+        });
+        let (up, down) = kept.unwrap_or_default();
+        let Settings { limit_up, limit_down, .. } = self.settings;
+        self.keep_to(limit_up.unwrap_or(up), limit_down.unwrap_or(down));
+    }
+
+    /// Sends and receives no faster than this from now on.
+    pub(super) fn keep_to(&mut self, up: Limit, down: Limit) {
+        self.context.set_limits(up, down);
+        self.sharing.set_limit(up.bytes_a_second());
+        for conn in self.conns.values() {
+            conn.connection.tell(Command::Relimit);
         }
     }
 
@@ -449,6 +470,7 @@ impl Engine {
             E::PieceIn { channel, piece, bytes, put } => {
                 self.on_piece(id, channel, piece, bytes, put);
             }
+            E::Alive { coming } => self.on_alive(id, coming),
             E::WantsOpen { channel, id: content } => self.on_wants_open(id, channel, content),
             E::Wants { channel, pieces } => self.on_wants(id, channel, &pieces),
             E::Cancelled { channel, pieces } => self.on_cancelled(id, channel, &pieces),

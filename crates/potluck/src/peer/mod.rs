@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use potluck_core::id::PeerId;
+use potluck_core::limit::Limit;
 use tracing::{error, warn};
 
 use crate::control::{Event, Request};
@@ -56,13 +57,18 @@ pub struct Settings {
     pub label: String,
     /// Where this machine founds a network: what invitations name as its address.
     pub advertise: Option<String>,
+    /// How fast it may send, over all transfers; `None`: as was last set to stay, or unlimited.
+    pub limit_up: Option<Limit>,
+    /// How fast it may receive, likewise.
+    pub limit_down: Option<Limit>,
 }
 
 impl Settings {
     /// The defaults, with this state folder and the host's name as label.
     pub fn new(state: impl Into<PathBuf>) -> Self {
         let label = rustix::system::uname().nodename().to_string_lossy().into_owned();
-        Self { state: state.into(), listen: None, label, advertise: None }
+        let (limit_up, limit_down) = (None, None);
+        Self { state: state.into(), listen: None, label, advertise: None, limit_up, limit_down }
     }
 }
 

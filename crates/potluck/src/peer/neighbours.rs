@@ -318,6 +318,26 @@ impl Engine {
         }
     }
 
+    /// A host owes something and is alive; `coming`: what it owes is on its way.
+    pub(super) fn on_alive(&mut self, id: ConnId, coming: bool) {
+        let now = clock::now();
+        let Some(conn) = self.conns.get(&id) else { return };
+        for content in conn.ours.values() {
+            let Some(Content { phase: Phase::Fetching(fetch), .. }) =
+                self.contents.get_mut(content)
+            else {
+                continue;
+            };
+            if let Some((_, since)) = fetch.meta.as_mut().filter(|(from, _)| coming && *from == id)
+            {
+                *since = now;
+            }
+            if let Some(swarm) = &mut fetch.swarm {
+                swarm.on_alive(now, Self::host_of(id), coming);
+            }
+        }
+    }
+
     pub(super) fn on_granted(&mut self, id: ConnId, channel: u16, pieces: &[Piece]) {
         let Some(fetch) = self.ours(id, channel).and_then(|c| self.fetch_mut(c)) else { return };
         match (&mut fetch.swarm, fetch.opened.get_mut(&id)) {

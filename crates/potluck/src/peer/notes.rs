@@ -8,8 +8,10 @@
 //! | `name/ID` | 1 if published here, 0 if fetched · a name record |
 //! | `seen/NAME` | publisher 32 · version u32 |
 //! | `paused/ID` | empty |
+//! | `limits` | bytes a second sent u64 · received u64, 0 is no limit |
 
 use potluck_core::id::{ContentId, Name, NetworkId, PeerId, Version};
+use potluck_core::limit::Limit;
 use potluck_core::trust::{Certificate, NameRecord, RevocationList};
 use potluck_core::wire::bytes::{Malformed, Reader, Writer};
 
@@ -120,6 +122,25 @@ impl Notes<'_> {
 
     pub(crate) fn set_paused(&self, id: ContentId, paused: bool) -> Result<()> {
         self.0.set_note(&format!("paused/{id}"), paused.then_some(&[]))
+    }
+
+    /// The limits that were set to stay: of what is sent, and of what is received.
+    pub(crate) fn limits(&self) -> Result<Option<(Limit, Limit)>> {
+        self.read("limits", |bytes| {
+            let mut r = Reader::new(bytes);
+            let mut limit = || Limit::new(r.u64()?).map_err(|_| Malformed("a limit too low"));
+            let limits = (limit()?, limit()?);
+            r.end()?;
+            Ok(limits)
+        })
+    }
+
+    pub(crate) fn set_limits(&self, up: Limit, down: Limit) -> Result<()> {
+        let mut out = Vec::new();
+        for limit in [up, down] {
+            out.u64(limit.bytes_a_second().unwrap_or(0));
+        }
+        self.0.set_note("limits", Some(&out))
     }
 
     /// A damaged note counts as none: all of them can be had again, at worst by joining again.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use potluck_core::id::{ContentId, Name, PeerId, Query, Version};
+use potluck_core::limit::Limit;
 use potluck_core::link::LinkError;
 use potluck_core::time::Moment;
 use potluck_core::trust::{Invitation, NameRecord};
@@ -81,6 +82,10 @@ impl Engine {
                 _ => None,
             }),
             Request::RemoveMember { who } => self.remove_member(who, replies),
+            Request::Limit { up, down, keep } => match self.limit(up, down, keep) {
+                Ok(limits) => replies.tell(limits),
+                Err(e) => replies.fail(&e),
+            },
             Request::Down => replies.tell(Event::Stopping),
         }
     }
@@ -594,8 +599,27 @@ impl Engine {
         Event::Peers { peers: connections.collect() }
     }
 
+    /// Changes the limits that are given; what they are now.
+    fn limit(&mut self, up: Option<u64>, down: Option<u64>, keep: bool) -> Result<Event> {
+        let read = |rate: Option<u64>, old| match rate {
+            None => Ok(old),
+            Some(rate) => Limit::new(rate).map_err(|e| Error::new(ErrorKind::Usage, e.to_string())),
+        };
+        let (old_up, old_down) = self.context.limits();
+        let (new_up, new_down) = (read(up, old_up)?, read(down, old_down)?);
+        if keep && (up.is_some() || down.is_some()) {
+            self.notes().set_limits(new_up, new_down)?;
+        }
+        if (new_up, new_down) != (old_up, old_down) {
+            self.keep_to(new_up, new_down);
+        }
+        let (up, down) = (new_up.bytes_a_second(), new_down.bytes_a_second());
+        Ok(Event::Limits { up, down })
+    }
+
     fn status(&self) -> Status {
         let now = clock::now();
+        let (limit_up, limit_down) = self.context.limits();
         let membership = self.line.as_ref().map(|line| &line.membership);
         Status {
             peer: self.key.peer().to_string(),
@@ -609,6 +633,8 @@ impl Engine {
             seconds: now.since(self.began).as_secs(),
             sent: self.sent_bytes,
             received: self.received_bytes,
+            limit_up: limit_up.bytes_a_second(),
+            limit_down: limit_down.bytes_a_second(),
             contents: self.contents.iter().map(|(id, c)| content_status(*id, c)).collect(),
         }
     }

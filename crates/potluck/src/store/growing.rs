@@ -27,6 +27,8 @@ use super::journal::{Journal, Record};
 
 /// Files synced one by one; beyond that one `syncfs` is cheaper and needs no descriptor for each.
 const MAX_SYNCED_SINGLY: usize = 32;
+/// What `stat` counts a file's room in.
+const STAT_BLOCK: u64 = 512;
 
 /// A download's place on the disk.
 #[derive(Debug)]
@@ -44,8 +46,6 @@ pub(super) struct Growing {
     flushing: Mutex<()>,
     /// Failed syncs so far: a write that began before one and ended after it is in doubt.
     failed_syncs: AtomicU64,
-    /// Its room on the disk was not given in advance.
-    lazy: AtomicBool,
     /// Nothing is made any more.
     given_up: AtomicBool,
     /// So many of the next syncs fail.
@@ -107,10 +107,9 @@ impl Growing {
         (open, serial): (Arc<OpenFiles>, u64),
         at: At,
         journal: Journal,
-        (root, lazy): (File, bool),
+        root: File,
     ) -> Self {
         let growing = Self::absent(content, (open, serial), at, journal);
-        growing.lazy.store(lazy, Ordering::Relaxed);
         *lock(&growing.root) = Some(Arc::new(root));
         growing
     }
@@ -138,7 +137,6 @@ impl Growing {
         if !lost.is_empty() {
             lock(&growing.journal).append(&[Record::Lost(lost)])?;
         }
-        growing.lazy.store(growing.content.id.kind == Kind::Folder, Ordering::Relaxed);
         *lock(&growing.root) = Some(Arc::new(root));
         Ok((growing, held))
     }
@@ -159,7 +157,6 @@ impl Growing {
             unsynced: Mutex::default(),
             flushing: Mutex::default(),
             failed_syncs: AtomicU64::new(0),
-            lazy: AtomicBool::new(true),
             given_up: AtomicBool::new(false),
             #[cfg(test)]
             fail_syncs: AtomicU64::new(0),
@@ -245,9 +242,7 @@ impl Growing {
         let file = match open_part(&self.content, &part) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 lock(&self.journal).append(&[Record::Nothing])?;
-                let (file, lazy) = make_part(&self.content, &part)?;
-                self.lazy.store(lazy, Ordering::Relaxed);
-                file
+                make_part(&self.content, &part)?
             }
             other => other?,
         };
@@ -339,9 +334,13 @@ impl Growing {
     /// Bytes it will still take from the disk beyond what it was given.
     pub(super) fn will_take(&self, have: &Bitfield) -> u64 {
         let layout = &self.content.layout;
-        match self.lazy.load(Ordering::Relaxed) {
-            true => have.missing().map(|piece| u64::from(layout.len_of(piece))).sum(),
-            false => 0,
+        let missing: u64 = have.missing().map(|piece| u64::from(layout.len_of(piece))).sum();
+        match &*lock(&self.root) {
+            Some(file) if self.content.id.kind == Kind::File => {
+                let given = file.metadata().map_or(0, |meta| meta.blocks() * STAT_BLOCK);
+                missing.min(layout.total().saturating_sub(given))
+            }
+            _ => missing,
         }
     }
 
@@ -496,10 +495,9 @@ pub(super) fn stamps(content: &Content, path: &Path) -> io::Result<Vec<Stamp>> {
     content.files.iter().map(stamp).collect()
 }
 
-/// Makes a new, empty temporary file or folder at `part`, locked, with its room if the file system
-/// gives it, and whether it did not. What an earlier, lost download left there goes; what another
-/// process uses stays.
-pub(super) fn make_part(content: &Content, part: &Path) -> io::Result<(File, bool)> {
+/// Makes a new, empty temporary file or folder at `part`, locked, with its room where the file system
+/// gives it at once. What an earlier, lost download left there goes; what another process uses stays.
+pub(super) fn make_part(content: &Content, part: &Path) -> io::Result<File> {
     match open_part(content, part) {
         Err(error)
             if matches!(
@@ -524,18 +522,18 @@ pub(super) fn make_part(content: &Content, part: &Path) -> io::Result<(File, boo
     })
 }
 
-fn new_part(content: &Content, part: &Path) -> io::Result<(File, bool)> {
+fn new_part(content: &Content, part: &Path) -> io::Result<File> {
     if content.id.kind == Kind::Folder {
         std::fs::create_dir(part)?;
         let root = open_folder(part)?;
         lock_part(&root)?;
-        return Ok((root, true));
+        return Ok(root);
     }
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file: File = rustix::fs::open(part, flags, Mode::from_raw_mode(0o666))?.into();
     lock_part(&file)?;
-    let given = preallocate(&file, content.layout.total())?;
-    Ok((file, !given))
+    preallocate(&file, content.layout.total())?;
+    Ok(file)
 }
 
 /// Opens and locks a temporary file or folder that exists.

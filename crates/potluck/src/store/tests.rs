@@ -1040,6 +1040,36 @@ fn a_full_disk_is_said_before_or_when_it_happens_and_costs_nothing() {
     assert_eq!(tree(&target("many")), tree(&from.at("many")));
 }
 
+#[test]
+fn room_in_memory_is_taken_with_the_pieces_and_promised_to_nobody_else_meanwhile() {
+    let Some(disk) = SmallDisk::new(8) else { return };
+    let folder = disk.0.path().canonicalize().unwrap();
+    let (from, mut to) = (Bench::new(), Bench::new());
+    for (name, pieces) in [("a", 70), ("b", 60)] {
+        fs::write(from.at(name), some_bytes(pieces * PIECE, pieces as u64)).unwrap();
+    }
+    let (a, b) = (from.share("a"), from.share("b"));
+    let fetch = |to: &Bench, of: &Replica, name: &str| {
+        let (manifest, proof) = (of.manifest(), of.proof());
+        to.store().fetch(of.id(), of.size(), manifest, &proof, &folder.join(name), false)
+    };
+    let free = || rustix::fs::statvfs(&folder).unwrap().f_bfree;
+    let before = free();
+    let growing = fetch(&to, &a, "a").unwrap();
+    assert!(before - free() < 4);
+    assert_eq!(fetch(&to, &b, "b").unwrap_err().kind, ErrorKind::DiskFull);
+    // As much as is here is no longer to come, also after a restart.
+    carry(&a, &growing, (0..30).map(Piece));
+    drop(growing);
+    let growing = to.restart().remove(0);
+    assert_eq!(growing.as_growing().unwrap().will_take(&growing.have()), 40 * PIECE as u64);
+    assert_eq!(fetch(&to, &b, "b").unwrap_err().kind, ErrorKind::DiskFull);
+    carry(&a, &growing, (30..70).map(Piece));
+    assert_eq!(growing.as_growing().unwrap().will_take(&growing.have()), 0);
+    growing.finish().unwrap();
+    assert!(fs::read(folder.join("a")).unwrap() == fs::read(from.at("a")).unwrap());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 

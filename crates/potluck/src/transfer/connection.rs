@@ -12,6 +12,7 @@ use potluck_core::wire::stream::Frame;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::gather::Gather;
+use super::limiter::Turn;
 use super::secure::{Arrived, Secure};
 use super::session::{GetHandle, Session, last_words};
 use super::{Command, ConnId, Connection, Context, Gone, Handle, Letter, Mailbox, no_tls};
@@ -24,8 +25,13 @@ const CONNECT: Duration = Duration::from_secs(5);
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// A machine in the middle of a frame, or that owes us pieces, says something within this.
 const PROGRESS: Duration = Duration::from_secs(15);
-/// A machine takes something of what it is sent within this.
+/// A machine takes something of what it is sent within this, …
 const TAKE: Duration = Duration::from_secs(30);
+/// … or within this, if it says meanwhile that it is there: where it keeps to a low limit of its own,
+/// there is room in our socket again only after megabytes.
+const SLOW_TAKE: Duration = Duration::from_secs(300);
+/// So often we tell that a machine which owes us something is there and said something.
+const ALIVE: Duration = Duration::from_secs(1);
 /// After so long without a word we show that we are alive.
 const PING: Duration = Duration::from_secs(15);
 /// The same where the other side waits for pieces: longer queues must not look like death.
@@ -107,7 +113,12 @@ struct Thread {
     /// The last byte that we said.
     said: Moment,
     checked: Moment,
+    /// When we last told that the other side is alive.
+    alive: Moment,
     is_up: bool,
+    /// Whose turn it is to send and to receive, where that is limited.
+    up: Turn,
+    down: Turn,
 }
 
 /// What the socket is ready for.
@@ -120,6 +131,7 @@ struct Ready {
 impl Thread {
     fn new(secure: Secure, session: Session, mailbox: &Arc<Mailbox>, pass: Option<Pass>) -> Self {
         let now = clock::now();
+        let (up, down) = session.turns();
         Self {
             secure,
             gather: Gather::new(),
@@ -132,7 +144,10 @@ impl Thread {
             taken: now,
             said: now,
             checked: now,
+            alive: now,
             is_up: false,
+            up,
+            down,
         }
     }
 
@@ -209,43 +224,62 @@ impl Thread {
         }
     }
 
-    /// Fills the outgoing buffer.
+    /// Fills the outgoing buffer, as far as the limit allows.
     fn seal(&mut self) -> Result<(), Gone> {
         loop {
-            let plain = self.session.outbox.plain();
-            if plain.is_empty() {
-                if self.session.begin_serve()? {
-                    continue;
-                }
+            let outbox = &mut self.session.outbox;
+            let at_hand = !outbox.plain().is_empty();
+            if !at_hand && !outbox.has_serves() {
+                self.up.rest();
                 return Ok(());
             }
-            let n = self.secure.seal(plain)?;
+            // No piece is read before it is its turn. Small frames wait for none.
+            let waits = !at_hand || outbox.is_large();
+            let room = if waits { self.up.room() } else { usize::MAX };
+            if room == 0 {
+                return Ok(());
+            }
+            if !at_hand {
+                self.session.begin_serve()?;
+                continue;
+            }
+            let plain = self.session.outbox.plain();
+            let before = self.secure.sealed();
+            let n = self.secure.seal(&plain[..plain.len().min(room)])?;
             if n == 0 {
                 return Ok(());
             }
+            self.up.moved((self.secure.sealed() - before) as usize);
             self.session.outbox.said(n, self.secure.sealed());
         }
     }
 
-    /// Waits for the socket, a letter, or the next look at the clock.
+    /// Waits for the socket, a letter, a turn, or the next look at the clock.
     fn wait(&mut self) -> Result<Ready, Gone> {
-        let interest = match self.secure.is_flushed() {
-            true => PollFlags::IN,
-            false => PollFlags::IN | PollFlags::OUT,
-        };
+        // While it is not our turn to receive, what lies in the socket stays there: TCP holds the
+        // other side back.
+        let (held, to_send) = (self.down.until(), self.up.until());
+        let mut interest = PollFlags::empty();
+        interest.set(PollFlags::IN, held.is_none());
+        interest.set(PollFlags::OUT, !self.secure.is_flushed());
+        let turn = [held, to_send].into_iter().flatten().min();
+        let tick = turn.map_or(TICK, |turn| turn.since(clock::now()).min(TICK));
         // Before the connection is up, letters lie until it is: only new ones wake us.
-        let timeout = if self.mailbox.fall_asleep() { TICK } else { Duration::ZERO };
+        let timeout = if self.mailbox.fall_asleep() { tick } else { Duration::ZERO };
         let mut fds = [
-            PollFd::new(self.secure.socket(), interest),
             PollFd::new(&self.mailbox.bell, PollFlags::IN),
+            PollFd::new(self.secure.socket(), interest),
         ];
-        let polled = poll(&mut fds, Some(&timespec(timeout)));
-        let (socket, rang) = (fds[0].revents(), !fds[1].revents().is_empty());
+        // A socket of which nothing is wanted would still wake us when the other side hangs up.
+        let watched = if interest.is_empty() { 1 } else { 2 };
+        let polled = poll(&mut fds[..watched], Some(&timespec(timeout)));
+        let (rang, socket) = (!fds[0].revents().is_empty(), fds[1].revents());
         self.mailbox.wake_up(rang);
         match polled {
             Ok(_) => Ok(Ready {
                 // Errors and hang-ups show when reading.
-                read: socket.intersects(PollFlags::IN | PollFlags::ERR | PollFlags::HUP),
+                read: held.is_some()
+                    || socket.intersects(PollFlags::IN | PollFlags::ERR | PollFlags::HUP),
                 write: socket.contains(PollFlags::OUT),
             }),
             Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
@@ -253,11 +287,25 @@ impl Thread {
         }
     }
 
-    /// Reads once and does what it says.
+    /// Reads once, if it is our turn, and does what it says.
     fn hear(&mut self) -> Result<(), Gone> {
-        match self.secure.read()? {
-            Arrived::Some => self.heard = clock::now(),
-            Arrived::Nothing => return Ok(()),
+        // Before it is up, what the other side says is little and waits for no turn.
+        let room = if self.is_up { self.down.room() } else { usize::MAX };
+        if room == 0 {
+            return Ok(());
+        }
+        match self.secure.read(room)? {
+            Arrived::Some(n) => {
+                self.heard = clock::now();
+                self.down.moved(n);
+                if n < room {
+                    self.down.rest();
+                }
+            }
+            Arrived::Nothing => {
+                self.down.rest();
+                return Ok(());
+            }
             Arrived::End => return Err(self.hung_up()),
         }
         let was_handshaking = self.secure.is_handshaking();
@@ -273,6 +321,10 @@ impl Thread {
             if let Some(pass) = self.pass.take() {
                 pass.let_in();
             }
+        }
+        if self.heard.since(self.alive) >= ALIVE && self.session.owed_for(self.heard) >= ALIVE {
+            self.alive = self.heard;
+            self.session.report_alive(self.gather.is_amid())?;
         }
         Ok(())
     }
@@ -316,7 +368,8 @@ impl Thread {
             self.gather.rest();
             self.session.outbox.rest();
         }
-        if !ready.write && !self.secure.is_flushed() && now.since(self.taken) >= TAKE {
+        let patience = if silent >= TAKE { TAKE } else { SLOW_TAKE };
+        if !ready.write && !self.secure.is_flushed() && now.since(self.taken) >= patience {
             return Err(Gone::TimedOut("it takes nothing of what it is sent"));
         }
         let quiet = now.since(self.said);
@@ -371,6 +424,7 @@ mod tests {
     use crate::transfer::Event;
     use crate::transfer::puppet::{Machine, Puppet, key};
     use potluck_core::id::{ContentId, Piece};
+    use potluck_core::limit::Limit;
     use potluck_core::wire::stream::{Channel, Side};
     use std::net::TcpListener;
 
@@ -409,6 +463,12 @@ mod tests {
             if self.wait().unwrap().read {
                 self.hear().unwrap();
             }
+        }
+
+        /// Waits no longer than for a letter.
+        fn wait_with_letter(&mut self, connection: &Connection) -> Ready {
+            connection.tell(Command::Recheck);
+            self.wait().unwrap()
         }
 
         fn after(&mut self, seconds: u64) -> Result<(), Gone> {
@@ -496,10 +556,72 @@ mod tests {
             thread.session.outbox.say(&Frame::Have(OURS, big)).unwrap();
             thread.speak().unwrap();
         }
-        let late = thread.taken + Duration::from_secs(31);
+        let late = |seconds| thread.taken + Duration::from_secs(seconds);
+        let (soon, late, too_late) = (late(29), late(31), late(301));
+        let blocked = Ready { read: false, write: false };
+        thread.heard = thread.taken;
+        let room = Ready { read: true, write: true };
+        assert_eq!(thread.keep_time(late, room), Ok(()));
+        let not_a_word = Ready { read: true, write: false };
+        assert_eq!(thread.keep_time(soon, not_a_word), Ok(()));
+        assert!(matches!(thread.keep_time(late, not_a_word), Err(Gone::TimedOut(_))));
+        // Who says meanwhile that it is there may keep to a limit of its own.
         thread.heard = late;
-        assert_eq!(thread.keep_time(late, Ready { read: false, write: true }), Ok(()));
-        assert!(matches!(thread.keep_time(late, Ready::default()), Err(Gone::TimedOut(_))));
+        assert_eq!(thread.keep_time(late, blocked), Ok(()));
+        thread.heard = too_late;
+        assert!(matches!(thread.keep_time(too_late, blocked), Err(Gone::TimedOut(_))));
+    }
+
+    /// Puts a limit on a direction for which a turn lasts seconds, and takes that turn.
+    fn no_turn_for_long(machine: &Machine, up: bool) {
+        let limit = Limit::new(16_000).unwrap();
+        let (mine, off) = (limit, Limit::OFF);
+        let (a, b) = if up { (mine, off) } else { (off, mine) };
+        machine.ctx.set_limits(a, b);
+        let limiter = if up { &machine.ctx.up } else { &machine.ctx.down };
+        let mut other = Turn::new(Arc::clone(limiter));
+        assert!(other.room() > 0);
+        other.moved(10_000_000);
+    }
+
+    #[test]
+    fn who_may_not_receive_yet_leaves_what_there_is_and_takes_nobody_for_silent() {
+        let (mut thread, mut puppet, machine, connection) = paused();
+        no_turn_for_long(&machine, false);
+        puppet.say(&Frame::Open(OURS, ContentId::file([1; 32])));
+        let ready = loop {
+            let ready = thread.wait().unwrap();
+            if ready.read {
+                break ready;
+            }
+        };
+        thread.hear().unwrap();
+        assert!(machine.knows_of_nothing());
+        assert!(thread.down.until().is_some());
+        thread.gather.take(&[0, 0], &mut thread.session).unwrap();
+        let late = thread.heard + Duration::from_secs(50);
+        assert!(ready.read && thread.keep_time(late, ready).is_ok());
+        let ready = thread.wait_with_letter(&connection);
+        assert!(ready.read && thread.keep_time(late, ready).is_ok(), "held back by ourselves");
+    }
+
+    #[test]
+    fn who_may_not_send_yet_reads_no_piece_but_says_small_things_and_a_new_limit_wakes_it() {
+        let (mut thread, mut puppet, machine, connection) = paused();
+        no_turn_for_long(&machine, true);
+        thread.session.outbox.serve(7, Piece(1));
+        thread.session.outbox.say(&Frame::Ping).unwrap();
+        connection.tell(Command::Open { channel: 1, id: ContentId::file([1; 32]) });
+        thread.read_mail().unwrap();
+        thread.speak().unwrap();
+        puppet.hear(|frame| assert!(matches!(frame, Frame::Open(..))));
+        assert!(thread.up.until().is_some() && thread.session.outbox.has_serves());
+        machine.ctx.set_limits(Limit::OFF, Limit::OFF);
+        connection.tell(Command::Relimit);
+        thread.wait().unwrap();
+        thread.read_mail().unwrap();
+        thread.speak().unwrap();
+        assert!(!thread.session.outbox.has_serves());
     }
 
     #[test]

@@ -9,9 +9,11 @@
 //! | `outbox` | what is said next, in an order that lets small things pass between large ones |
 //! | `gather` | a stream of bytes → frames and whole pieces |
 //! | `secure` | TLS records ↔ socket, in few large steps |
+//! | `limiter` | the limits all connections keep to together, and whose turn it is |
 
 mod connection;
 mod gather;
+mod limiter;
 mod outbox;
 mod secure;
 mod session;
@@ -33,6 +35,7 @@ use crossbeam_channel::Sender;
 use potluck_core::bitfield::Bitfield;
 use potluck_core::fault::Fault;
 use potluck_core::id::{ContentId, NetworkId, PeerId, Piece};
+use potluck_core::limit::Limit;
 use potluck_core::time::WallTime;
 use potluck_core::trust::{Certificate, Distrust, MachineKey};
 use potluck_core::wire::stream::{Channel, Goodbye};
@@ -43,6 +46,7 @@ use crate::door::{self, Door};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Put, PutError, ReadError, Replica};
 use crate::tls;
+use limiter::Limiter;
 
 /// Callers that have not shown a certificate yet; for one more, the oldest is sent away.
 const MAX_HALF_OPEN: usize = 256;
@@ -92,6 +96,8 @@ pub(crate) struct Context {
     port: AtomicU16,
     numbers: AtomicU32,
     established: AtomicUsize,
+    up: Arc<Limiter>,
+    down: Arc<Limiter>,
 }
 
 impl Context {
@@ -114,12 +120,27 @@ impl Context {
             port: AtomicU16::new(0),
             numbers: AtomicU32::new(0),
             established: AtomicUsize::new(0),
+            up: Arc::default(),
+            down: Arc::default(),
         })
     }
 
     /// A number for a connection about to be dialled.
     pub(crate) fn number(&self) -> ConnId {
         ConnId(self.numbers.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// What all connections together keep to from now on: what they send, and what they receive.
+    /// Counted is what the sockets take and give, TLS and all. Whoever sets them tells every
+    /// connection [`Command::Relimit`].
+    pub(crate) fn set_limits(&self, up: Limit, down: Limit) {
+        self.up.set(up);
+        self.down.set(down);
+    }
+
+    /// The limits: of what is sent, and of what is received.
+    pub(crate) fn limits(&self) -> (Limit, Limit) {
+        (self.up.limit(), self.down.limit())
     }
 
     fn identity(&self) -> Option<Arc<Identity>> {
@@ -398,6 +419,8 @@ pub(crate) enum Command {
     Bye(Goodbye, String),
     /// The shared identity changed: is the other still a member, and does it know our certificate?
     Recheck,
+    /// The limits changed: whoever waits for a turn looks again.
+    Relimit,
 }
 
 /// What a connection reports.
@@ -471,6 +494,11 @@ pub(crate) enum Event {
         bytes: u32,
         /// Verified and written, or not.
         put: Result<Put, PutError>,
+    },
+    /// The other side owes us an answer, and said something just now: told once a second at the most.
+    Alive {
+        /// What it said is a part of a large frame, such as a piece that is long in coming.
+        coming: bool,
     },
     /// The other side wants to fetch from us: to be answered by `Admit` or `Refuse`.
     WantsOpen {

@@ -20,6 +20,8 @@ pub(super) struct Outbox {
     /// Frames, encoded, of which the first `small_at` bytes were said.
     small: Vec<u8>,
     small_at: usize,
+    /// How much of `small` is metadata, its first frame then.
+    small_meta: usize,
     metas: VecDeque<MetaOut>,
     serves: VecDeque<(u16, Piece)>,
     /// The piece at hand: its frame, of which the first `piece_at` bytes were said.
@@ -102,12 +104,22 @@ impl Outbox {
         }
         if self.small_at == self.small.len() {
             self.small.clear();
-            self.small_at = 0;
+            (self.small_at, self.small_meta) = (0, 0);
             while self.small.is_empty() && !self.metas.is_empty() {
                 self.next_meta();
             }
         }
         &self.small[self.small_at..]
+    }
+
+    /// Whether those bytes are of a piece or of metadata, and not of a frame that is always small.
+    pub(super) const fn is_large(&self) -> bool {
+        self.piece_at < self.piece.len() || self.small_at < self.small_meta
+    }
+
+    /// Whether there is a serve that was not begun.
+    pub(super) fn has_serves(&self) -> bool {
+        !self.serves.is_empty()
     }
 
     /// The first `n` of those bytes were said, and end at `position` in the stream.
@@ -187,6 +199,7 @@ impl Outbox {
         let theirs = Channel { number: meta.channel, opener: Side::Them };
         if !chunk.is_empty() {
             Frame::Meta(theirs, chunk).encode(&mut self.small);
+            self.small_meta = self.small.len();
         }
         meta.said += chunk.len();
         if meta.said == manifest.len() + proof.len() {

@@ -50,8 +50,8 @@ enum Side {
 /// What a read brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arrived {
-    /// Bytes.
-    Some,
+    /// So many bytes.
+    Some(usize),
     /// Nothing at the moment.
     Nothing,
     /// The other side sends nothing any more.
@@ -132,18 +132,20 @@ impl Secure {
         self.outgoing.is_empty()
     }
 
-    /// Reads once what the socket holds, as much as there is room for.
-    pub(super) fn read(&mut self) -> Result<Arrived, Gone> {
+    /// Reads once what the socket holds, as much as there is room for, and `most` bytes at the most.
+    pub(super) fn read(&mut self, most: usize) -> Result<Arrived, Gone> {
         if self.closed {
             return Ok(Arrived::End);
         }
         self.incoming.compact();
         loop {
-            match (&*self.socket).read(self.incoming.free()) {
+            let free = self.incoming.free();
+            let room = free.len().min(most);
+            match (&*self.socket).read(&mut free[..room]) {
                 Ok(0) => return Ok(Arrived::End),
                 Ok(n) => {
                     self.incoming.end += n;
-                    return Ok(Arrived::Some);
+                    return Ok(Arrived::Some(n));
                 }
                 Err(e) if e.kind() == Io::WouldBlock => return Ok(Arrived::Nothing),
                 Err(e) if e.kind() == Io::Interrupted => {}
@@ -411,7 +413,7 @@ mod tests {
     /// One turn of both ends: each reads, opens and writes what there is.
     fn turn(ends: &mut [(&mut Secure, &mut Vec<u8>)]) {
         for (end, got) in ends {
-            end.read().unwrap();
+            end.read(usize::MAX).unwrap();
             end.open(|bytes| {
                 got.extend_from_slice(bytes);
                 Ok(())

@@ -18,6 +18,7 @@ use potluck_core::wire::stream::{
 };
 
 use super::gather::Listener;
+use super::limiter::Turn;
 use super::outbox::Outbox;
 use super::{
     Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox,
@@ -160,6 +161,11 @@ impl Session {
         }
     }
 
+    /// Its part in the limits of what is sent, and of what is received.
+    pub(super) fn turns(&self) -> (Turn, Turn) {
+        (Turn::new(Arc::clone(&self.ctx.up)), Turn::new(Arc::clone(&self.ctx.down)))
+    }
+
     /// The other side has shown that it is a member, and the engine was told.
     pub(super) const fn is_up(&self) -> bool {
         self.seat.is_some()
@@ -269,6 +275,11 @@ impl Session {
         since.min().map_or(Duration::ZERO, |since| now.since(since))
     }
 
+    /// The other side has said something, and owes us something more.
+    pub(super) fn report_alive(&self, coming: bool) -> Result<(), Gone> {
+        self.report(Event::Alive { coming })
+    }
+
     /// We owe the other side pieces: it is to hear that we are alive.
     pub(super) fn owes(&self) -> bool {
         self.theirs.values().any(|theirs| !theirs.wanted.is_empty())
@@ -344,6 +355,7 @@ impl Session {
                 Err(Gone::Ended)
             }
             Command::Recheck => self.recheck(),
+            Command::Relimit => Ok(()), // it has woken up: that is all
         }
     }
 

@@ -30,7 +30,9 @@ fn potluck_by(runner: &[String], state: &Path) -> Command {
     if let [_, args @ ..] = runner {
         command.args(args).arg(PROGRAM);
     }
-    for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LOG"] {
+    for name in
+        ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LIMIT_UP", "POTLUCK_LIMIT_DOWN", "POTLUCK_LOG"]
+    {
         command.env_remove(name);
     }
     command.env("POTLUCK_STATE", state).stdin(Stdio::null());

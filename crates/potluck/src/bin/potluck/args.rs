@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use potluck_core::id::Query;
+use potluck_core::limit::Limit as Rate;
 use potluck_core::trust::Invitation;
 
 /// What `potluck` alone prints.
@@ -56,7 +57,8 @@ Examples:
   potluck get llama-70b                  fetch by name, once joined
 
 Results go to stdout, progress to stderr. Settings come from the flag, else
-from POTLUCK_STATE, POTLUCK_LISTEN and POTLUCK_LABEL, else the default.
+from POTLUCK_STATE, POTLUCK_LISTEN, POTLUCK_LABEL, POTLUCK_LIMIT_UP and
+POTLUCK_LIMIT_DOWN, else the default.
 Exit codes: potluck help exit-codes";
 
 /// Send big files and folders to every machine you own or trust
@@ -124,6 +126,17 @@ pub(crate) struct Listen {
     /// forwarding. [default: the address others see]
     #[arg(long, value_name = "HOST[:PORT]")]
     pub(crate) advertise: Option<String>,
+    /// How fast the peer may send, all transfers together (20MB, 500k, 1MiB, 1Mbit)
+    ///
+    /// A second, and while that peer runs; a peer that runs already keeps to it from now on.
+    /// [default: as potluck limit was told, else off]
+    #[arg(long, env = "POTLUCK_LIMIT_UP", hide_env_values = true, value_name = "RATE")]
+    pub(crate) limit_up: Option<Rate>,
+    /// How fast the peer may receive, likewise
+    ///
+    /// [default: as potluck limit was told, else off]
+    #[arg(long, env = "POTLUCK_LIMIT_DOWN", hide_env_values = true, value_name = "RATE")]
+    pub(crate) limit_down: Option<Rate>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -225,6 +238,26 @@ Examples:
 Example:
   potluck peers")]
     Peers,
+    /// Show or change how fast this machine sends and receives
+    ///
+    /// For all transfers together, from now on, and remembered for the next start. Counted is what
+    /// goes over the sockets: the pieces, and what encryption adds (under 1 %). RATE is bytes a
+    /// second: k, M and G are thousands (20MB), KiB, MiB and GiB 1024; kbit, Mbit and Gbit are
+    /// eighths (1Mbit). 16 kB is the least. Starts nothing: where no peer runs it says so and ends
+    /// with exit code 3.
+    #[command(after_help = "\
+Examples:
+  potluck limit                          show the limits
+  potluck limit --up 20MB --down off
+  potluck limit --up 1.5Mbit")]
+    Limit {
+        /// How fast it may send, or off [default: as it is]
+        #[arg(long, value_name = "RATE")]
+        up: Option<Rate>,
+        /// How fast it may receive, or off [default: as it is]
+        #[arg(long, value_name = "RATE")]
+        down: Option<Rate>,
+    },
     /// Check what this machine shares against its hashes
     ///
     /// Reads every byte again. A piece that is wrong is served no more, and the exit code is 7.

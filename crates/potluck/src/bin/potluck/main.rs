@@ -77,6 +77,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Unshare { what } => verbs::unshare(cx, &what),
         Verb::Status => verbs::status(cx),
         Verb::Peers => verbs::peers(cx),
+        Verb::Limit { up, down } => verbs::limit(cx, up, down),
         Verb::Verify { what } => verbs::verify(cx, what.as_deref()),
         Verb::Join { invitation, listen } => verbs::join(cx, &invitation, &listen),
         Verb::Leave => verbs::leave(cx),

@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use potluck::control::{Event, Request};
 use potluck::daemon::{Client, Role, socket_path};
-use potluck::{Error, ErrorKind, Peer, Result, Settings};
+use potluck::{Error, ErrorKind, Limit, Peer, Result, Settings};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::args::{Common, Listen};
 use crate::interrupt;
-use crate::render::{err, out, plain_lines};
+use crate::render::{err, limits, out, plain_lines};
 use crate::serve::log;
 
 /// The log of a background peer is begun anew where it is longer than this at the start.
@@ -102,6 +102,8 @@ impl Context {
             listen: listen.listen,
             label: listen.label.clone().unwrap_or_else(host_name),
             advertise: listen.advertise.clone(),
+            limit_up: listen.limit_up,
+            limit_down: listen.limit_down,
         }
     }
 }
@@ -122,6 +124,7 @@ impl Line {
             if listen.listen.is_some() && std::env::var_os("POTLUCK_LISTEN").is_none() {
                 cx.tell("potluck runs already: --listen is for its next start (potluck down)");
             }
+            limit_running(cx, &socket, listen)?;
         } else {
             start(cx, listen)?;
         }
@@ -235,6 +238,29 @@ fn ask_here(
     seen
 }
 
+/// Limits that were asked for on the command line, and not by the settings of whoever runs it, hold
+/// for a peer that runs already.
+fn limit_running(cx: &Context, socket: &Path, listen: &Listen) -> Result<()> {
+    let asked = |limit: Option<Limit>, variable| {
+        let set = std::env::var(variable).ok().and_then(|text| text.parse().ok());
+        limit.filter(|limit| set != Some(*limit))
+    };
+    let up = asked(listen.limit_up, "POTLUCK_LIMIT_UP");
+    let down = asked(listen.limit_down, "POTLUCK_LIMIT_DOWN");
+    if up.is_none() && down.is_none() {
+        return Ok(());
+    }
+    let rate = |limit: Limit| limit.bytes_a_second().unwrap_or(0);
+    let request = Request::Limit { up: up.map(rate), down: down.map(rate), keep: false };
+    ask_process(socket, &request, &mut |event| match event {
+        Event::Limits { up, down } => {
+            cx.tell(&format!("the running peer keeps to {}", limits(*up, *down)));
+            Ok(())
+        }
+        event => event.failure().map_or(Ok(()), Err),
+    })
+}
+
 /// Starts a peer in the background and waits until it is ready. Of several commands that do so at
 /// the same time, one starts it and the others find it.
 fn start(cx: &Context, listen: &Listen) -> Result<()> {
@@ -268,6 +294,11 @@ fn start(cx: &Context, listen: &Listen) -> Result<()> {
     }
     if let Some(host) = &listen.advertise {
         command.arg(format!("--advertise={host}"));
+    }
+    for (option, limit) in [("up", listen.limit_up), ("down", listen.limit_down)] {
+        if let Some(limit) = limit {
+            command.arg(format!("--limit-{option}={limit}"));
+        }
     }
     command.args(std::iter::repeat_n("-v", usize::from(cx.verbose)));
     // It makes a session of its own at once, and keeps nobody from unmounting this folder.

@@ -55,6 +55,12 @@ pub(crate) fn rate(bytes_a_second: u64) -> String {
     format!("{value:.decimals$} {}/s", UNITS[usize::from(power)])
 }
 
+/// `up 20 MB/s, down no limit`
+pub(crate) fn limits(up: Option<u64>, down: Option<u64>) -> String {
+    let one = |limit: Option<u64>| limit.map_or_else(|| "no limit".into(), rate);
+    format!("up {}, down {}", one(up), one(down))
+}
+
 const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
 
 /// Which unit, so that one decimal never rounds up to 1000.

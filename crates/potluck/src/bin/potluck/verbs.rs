@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use console::style;
 use potluck::control::{Event, IfExists, Member, Request, Row, Source, Status};
 use potluck::daemon::{self, Client, Role};
-use potluck::{Error, ErrorKind, Peer, Result};
+use potluck::{Error, ErrorKind, Limit, Peer, Result};
 use potluck_core::id::Query;
 
 use crate::args::{self, Get, Invite, Listen, MembersVerb, Share};
@@ -17,8 +17,8 @@ use crate::interrupt;
 use crate::process::{Context, Line, absolute};
 use crate::progress::Meter;
 use crate::render::{
-    Table, age, content, count, machine, out, pair, path, path_result, permille, plain, quoted,
-    rate, size, span, title,
+    Table, age, content, count, limits, machine, out, pair, path, path_result, permille, plain,
+    quoted, rate, size, span, title,
 };
 
 /// How long `down` waits for a process to be gone: its journals are written by then.
@@ -525,6 +525,16 @@ pub(crate) fn peers(cx: &Context) -> Result<()> {
     })
 }
 
+pub(crate) fn limit(cx: &Context, up: Option<Limit>, down: Option<Limit>) -> Result<()> {
+    let rate = |limit: Limit| limit.bytes_a_second().unwrap_or(0);
+    let request = Request::Limit { up: up.map(rate), down: down.map(rate), keep: true };
+    Line::to_running_peer(cx)?.ask(cx, &request, &mut |event| {
+        if let Event::Limits { up, down } = event {
+            cx.say(&limits(*up, *down));
+        }
+    })
+}
+
 pub(crate) fn status(cx: &Context) -> Result<()> {
     let index = Client::connect(&cx.socket(Role::Index))?.map(|index| index.pid());
     if let Some(pid) = index {
@@ -558,6 +568,9 @@ fn show_status(status: &Status) {
         }
     });
     out(&format!("traffic  sent {}, received {}", size(status.sent), size(status.received)));
+    if status.limit_up.is_some() || status.limit_down.is_some() {
+        out(&format!("limits   {}", limits(status.limit_up, status.limit_down)));
+    }
     if status.contents.is_empty() {
         return;
     }
