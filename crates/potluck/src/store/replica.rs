@@ -23,6 +23,7 @@ use super::hashing::{Progress, in_parallel};
 use super::ledger::Entry;
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::timing::{self, Work};
 
 /// What happened to a piece that was handed to [`Replica::put`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,7 +192,9 @@ impl Replica {
         if lock(&self.have).has(piece) {
             return Ok(Put::Duplicate);
         }
-        if !self.content.proof.verify(&self.content.layout, piece, bytes) {
+        let good = self.content.proof.verify(&self.content.layout, piece, bytes);
+        timing::lap(Work::Hash);
+        if !good {
             return Err(PutError::BadPiece);
         }
         let state = self.state();

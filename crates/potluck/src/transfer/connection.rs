@@ -17,6 +17,7 @@ use super::secure::{Arrived, Secure};
 use super::session::{GetHandle, Session, last_words};
 use super::{Command, ConnId, Connection, Context, Gone, Handle, Letter, Mailbox, no_tls};
 use crate::door::{Pass, timespec};
+use crate::timing::{self, Work};
 use crate::{clock, tls};
 
 /// To connect.
@@ -165,6 +166,7 @@ impl Thread {
     }
 
     fn live(&mut self) -> Result<Infallible, Gone> {
+        timing::begin();
         self.open()?; // the dialler's first flight
         loop {
             self.read_mail()?;
@@ -213,7 +215,9 @@ impl Thread {
                     return Ok(());
                 }
             }
-            if self.secure.write()? {
+            let wrote = self.secure.write()?;
+            timing::lap(Work::Send);
+            if wrote {
                 self.taken = clock::now();
                 self.said = self.taken;
                 self.session.on_written(self.secure.written())?;
@@ -241,11 +245,13 @@ impl Thread {
             }
             if !at_hand {
                 self.session.begin_serve()?;
+                timing::lap(Work::Read);
                 continue;
             }
             let plain = self.session.outbox.plain();
             let before = self.secure.sealed();
             let n = self.secure.seal(&plain[..plain.len().min(room)])?;
+            timing::lap(Work::Seal);
             if n == 0 {
                 return Ok(());
             }
@@ -262,6 +268,15 @@ impl Thread {
         let mut interest = PollFlags::empty();
         interest.set(PollFlags::IN, held.is_none());
         interest.set(PollFlags::OUT, !self.secure.is_flushed());
+        let waits_for = match (
+            self.session.owes() || to_send.is_some() || !self.secure.is_flushed(),
+            self.session.awaits(),
+        ) {
+            (true, true) => &[Work::ToSend, Work::ToReceive][..],
+            (true, false) => &[Work::ToSend],
+            (false, true) => &[Work::ToReceive],
+            (false, false) => &[],
+        };
         let turn = [held, to_send].into_iter().flatten().min();
         let tick = turn.map_or(TICK, |turn| turn.since(clock::now()).min(TICK));
         // Before the connection is up, letters lie until it is: only new ones wake us.
@@ -272,7 +287,9 @@ impl Thread {
         ];
         // A socket of which nothing is wanted would still wake us when the other side hangs up.
         let watched = if interest.is_empty() { 1 } else { 2 };
+        timing::lap(Work::Other);
         let polled = poll(&mut fds[..watched], Some(&timespec(timeout)));
+        timing::laps(waits_for);
         let (rang, socket) = (!fds[0].revents().is_empty(), fds[1].revents());
         self.mailbox.wake_up(rang);
         match polled {
@@ -294,7 +311,9 @@ impl Thread {
         if room == 0 {
             return Ok(());
         }
-        match self.secure.read(room)? {
+        let arrived = self.secure.read(room)?;
+        timing::lap(Work::Receive);
+        match arrived {
             Arrived::Some(n) => {
                 self.heard = clock::now();
                 self.down.moved(n);
@@ -310,6 +329,7 @@ impl Thread {
         }
         let was_handshaking = self.secure.is_handshaking();
         self.open()?;
+        timing::lap(Work::Open);
         if was_handshaking && !self.secure.is_handshaking() {
             let key = self.secure.peer_key();
             let key = key.ok_or_else(|| Gone::Insecure("it speaks another protocol".to_owned()))?;

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::clock;
 use crate::store::{PutError, Replica};
+use crate::timing::{self, Work};
 
 /// Pieces the other side may have asked for and not been answered, on one channel.
 const MAX_WANTS: usize = 4_096;
@@ -278,6 +279,11 @@ impl Session {
     /// The other side has said something, and owes us something more.
     pub(super) fn report_alive(&self, coming: bool) -> Result<(), Gone> {
         self.report(Event::Alive { coming })
+    }
+
+    /// The other side owes us pieces.
+    pub(super) fn awaits(&self) -> bool {
+        self.ours.values().any(|ours| !ours.asked.is_empty())
     }
 
     /// We owe the other side pieces: it is to hear that we are alive.
@@ -547,7 +553,9 @@ impl Listener for Session {
         let Some(open) = open_ours(&mut self.ours, channel) else { return Ok(()) };
         let Some(replica) = open.replica.clone() else { return Ok(()) };
         open.answered(piece);
+        timing::lap(Work::Open);
         let put = replica.put(piece, bytes);
+        timing::lap(Work::Write);
         if put == Err(PutError::BadPiece) {
             self.outbox.say(&Frame::Reject(ours(channel), piece))?;
         }
