@@ -25,6 +25,7 @@ use super::files::{
     sync_folder, walk, write_all_at,
 };
 use super::journal::{Journal, Record};
+use crate::timing::{self, Work};
 
 /// Files synced one by one; beyond that one `syncfs` is cheaper and needs no descriptor for each.
 const MAX_SYNCED_SINGLY: usize = 32;
@@ -267,7 +268,7 @@ impl Growing {
         if batch.is_empty() {
             return Ok(());
         }
-        let synced = self.sync(&batch);
+        let synced = timing::timed(Work::Sync, || self.sync(&batch));
         if synced.is_err() {
             // First the count, then the lists: a write that missed the one meets the other.
             self.failed_syncs.fetch_add(1, Ordering::Release);

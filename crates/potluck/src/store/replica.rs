@@ -22,6 +22,7 @@ use super::hashing::{Progress, in_parallel};
 use super::ledger::Entry;
 use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::timing::{self, Work};
 
 /// What happened to a piece that was handed to [`Replica::put`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,7 +199,9 @@ impl Replica {
         if lock(&self.have).has(piece) {
             return Ok(Put::Duplicate);
         }
-        if !self.content.proof.verify(&self.content.layout, piece, parts) {
+        let good = self.content.proof.verify(&self.content.layout, piece, parts);
+        timing::lap(Work::Hash);
+        if !good {
             return Err(PutError::BadPiece);
         }
         let state = self.state();

@@ -17,6 +17,7 @@ use super::secure::{Arrived, Secure};
 use super::session::{GetHandle, Session, last_words};
 use super::{Command, ConnId, Connection, Context, Gone, Handle, Letter, Mailbox, no_tls};
 use crate::door::{Pass, timespec};
+use crate::timing::{self, Work};
 use crate::{clock, tls};
 
 /// To connect.
@@ -168,6 +169,7 @@ impl Thread {
     }
 
     fn live(&mut self) -> Result<Infallible, Gone> {
+        timing::begin();
         self.open()?; // the dialler's first flight
         loop {
             self.read_mail()?;
@@ -222,6 +224,7 @@ impl Thread {
             let waits = self.secure.written() < self.large_until;
             let room = if waits { self.up.room() } else { usize::MAX };
             let took = self.secure.write(room)?;
+            timing::lap(Work::Send);
             if took > 0 {
                 self.up.moved(took);
                 self.taken = clock::now();
@@ -255,6 +258,7 @@ impl Thread {
             let before = self.secure.sealed();
             if said > 0 {
                 let n = self.secure.seal(self.session.outbox.plain())?;
+                timing::lap(Work::Seal);
                 self.session.outbox.said(n);
                 if n < said {
                     return Ok(());
@@ -276,6 +280,15 @@ impl Thread {
         let mut interest = PollFlags::empty();
         interest.set(PollFlags::IN, held.is_none());
         interest.set(PollFlags::OUT, !self.secure.is_flushed() && to_send.is_none());
+        let waits_for = match (
+            self.session.owes() || to_send.is_some() || !self.secure.is_flushed(),
+            self.session.awaits(),
+        ) {
+            (true, true) => &[Work::ToSend, Work::ToReceive][..],
+            (true, false) => &[Work::ToSend],
+            (false, true) => &[Work::ToReceive],
+            (false, false) => &[],
+        };
         let turn = [held, to_send].into_iter().flatten().min();
         let tick = turn.map_or(TICK, |turn| turn.since(clock::now()).min(TICK));
         // Before the connection is up, letters lie until it is: only new ones wake us.
@@ -286,7 +299,9 @@ impl Thread {
         ];
         // A socket of which nothing is wanted would still wake us when the other side hangs up.
         let watched = if interest.is_empty() { 1 } else { 2 };
+        timing::lap(Work::Other);
         let polled = poll(&mut fds[..watched], Some(&timespec(timeout)));
+        timing::laps(waits_for);
         let (rang, socket) = (!fds[0].revents().is_empty(), fds[1].revents());
         self.mailbox.wake_up(rang);
         match polled {
@@ -309,7 +324,9 @@ impl Thread {
             return Ok(());
         }
         let wanted = self.gather.piece().map(|len| len - self.secure.opened().len().min(len));
-        match self.secure.read(room, wanted)? {
+        let arrived = self.secure.read(room, wanted)?;
+        timing::lap(Work::Receive);
+        match arrived {
             Arrived::Some(n) => {
                 self.heard = clock::now();
                 self.down.moved(n);
@@ -324,6 +341,7 @@ impl Thread {
             Arrived::End => return Err(self.hung_up()),
         }
         self.open()?;
+        timing::lap(Work::Open);
         if self.session.is_up() && !self.is_up {
             self.is_up = true;
             self.secure.grow();

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::clock;
 use crate::store::{PutError, Replica};
+use crate::timing::{self, Work};
 
 /// Pieces the other side may have asked for and not been answered, on one channel.
 const MAX_WANTS: usize = 4_096;
@@ -286,6 +287,11 @@ impl Session {
         self.report(Event::Alive { coming })
     }
 
+    /// The other side owes us pieces.
+    pub(super) fn awaits(&self) -> bool {
+        self.ours.values().any(|ours| !ours.asked.is_empty())
+    }
+
     /// We owe the other side pieces: it is to hear that we are alive.
     pub(super) fn owes(&self) -> bool {
         self.theirs.values().any(|theirs| !theirs.wanted.is_empty())
@@ -474,7 +480,12 @@ impl Session {
         };
         let bytes = replica.layout().len_of(piece);
         let head = piece_head(theirs(channel), piece, bytes as usize);
-        let sealed = secure.seal_with(&head, bytes as usize, |parts| replica.read(piece, parts))?;
+        let sealed = secure.seal_with(&head, bytes as usize, |parts| {
+            let read = replica.read(piece, parts);
+            timing::lap(Work::Read);
+            read
+        })?;
+        timing::lap(Work::Seal);
         if sealed == Ok(false) {
             return Ok(false);
         }
@@ -567,7 +578,9 @@ impl Listener for Session {
         let Some(open) = open_ours(&mut self.ours, channel) else { return Ok(()) };
         let Some(replica) = open.replica.clone() else { return Ok(()) };
         open.answered(piece);
+        timing::lap(Work::Open);
         let put = replica.put(piece, parts);
+        timing::lap(Work::Write);
         if put == Err(PutError::BadPiece) {
             self.outbox.say(&Frame::Reject(ours(channel), piece))?;
         }
