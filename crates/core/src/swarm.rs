@@ -6,6 +6,7 @@ mod neighbour;
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::AddAssign;
 use std::sync::Arc;
 
 use crate::bitfield::Bitfield;
@@ -151,6 +152,23 @@ pub struct Counts {
     pub endgame: u32,
     /// Grants that were not taken: asked of others already, or no room for them.
     pub declined: u32,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, more: Self) {
+        self.new += more.new;
+        self.new_bytes += more.new_bytes;
+        self.duplicates += more.duplicates;
+        self.duplicate_bytes += more.duplicate_bytes;
+        self.bad += more.bad;
+        self.failed += more.failed;
+        self.stalls += more.stalls;
+        self.steals += more.steals;
+        self.busy += more.busy;
+        self.retries += more.retries;
+        self.endgame += more.endgame;
+        self.declined += more.declined;
+    }
 }
 
 /// One content being fetched.

@@ -62,7 +62,7 @@ impl Download {
     pub fn wait(self) -> Result<Completed> {
         loop {
             match self.events.recv() {
-                Ok(Event::Done { id, path, bytes, seconds, sources }) => {
+                Ok(Event::Done { id, path, bytes, seconds, sources, .. }) => {
                     return Ok(Completed {
                         id: parse_id(&id)?,
                         path,

@@ -230,6 +230,9 @@ pub enum Event {
         seconds: f64,
         /// Who sent how much in this run.
         sources: Vec<Source>,
+        /// What happened on the way; none where nothing had to be fetched.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stats: Option<Box<Stats>>,
     },
     /// The listing.
     Listing {
@@ -516,6 +519,99 @@ pub struct Status {
     pub limit_down: Option<u64>,
     /// What it hosts or fetches.
     pub contents: Vec<ContentStatus>,
+    /// What happened since the process began.
+    #[serde(default)]
+    pub stats: Stats,
+}
+
+/// What happened: in the whole process, or while one content was fetched.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Stats {
+    /// What was fetched; of the one content, where it is of one.
+    pub fetched: FetchedStats,
+    /// What was sent to others meanwhile, of all contents.
+    pub served: ServedStats,
+    /// Where connections spent their time meanwhile, whatever it was for.
+    pub seconds: TimeStats,
+}
+
+/// What was fetched, in pieces unless the name says bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FetchedStats {
+    /// Came in, verified and new.
+    pub pieces: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Came in a second time.
+    pub duplicates: u64,
+    /// Bytes of them.
+    pub duplicate_bytes: u64,
+    /// Did not match their proof.
+    pub bad: u64,
+    /// Our disk did not take.
+    pub failed: u64,
+    /// Times that our patience with a host ran out, …
+    pub stalls: u64,
+    /// … and what was taken from it, to be asked of others.
+    pub steals: u64,
+    /// Offered again since what was asked came to nothing, for whichever reason.
+    pub retries: u64,
+    /// Hosts were too busy for.
+    pub busy: u64,
+    /// Asked of a second host at the end.
+    pub endgame: u64,
+    /// Granted by a seed and not taken.
+    pub declined: u64,
+}
+
+/// What was sent, in pieces unless the name says bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ServedStats {
+    /// Sent.
+    pub pieces: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Turned away, since others were to be served first.
+    pub busy: u64,
+    /// Granted.
+    pub granted: u64,
+    /// Granted and not taken in time.
+    pub withdrawn: u64,
+    /// Begun to be served, and cancelled in time or unreadable.
+    pub unsent: u64,
+    /// Times that a connection took nothing for too long.
+    pub stuck: u64,
+}
+
+/// Seconds that all connections together spent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TimeStats {
+    /// Reading pieces to be sent.
+    pub read: f64,
+    /// Encrypting what is sent.
+    pub seal: f64,
+    /// Handing it to the socket.
+    pub send: f64,
+    /// With something to send, waiting: for the socket, for the limit, or for their turn.
+    pub wait_to_send: f64,
+    /// Taking what came from the socket.
+    pub receive: f64,
+    /// Decrypting it.
+    pub open: f64,
+    /// Verifying pieces.
+    pub hash: f64,
+    /// Writing pieces.
+    pub write: f64,
+    /// Waiting for what was asked for.
+    pub wait_to_receive: f64,
+    /// Making pieces durable, beside the connections.
+    pub sync: f64,
+    /// Anything else but being idle.
+    pub other: f64,
 }
 
 /// A content this machine hosts or fetches.
@@ -600,6 +696,7 @@ mod tests {
             limit_up: None,
             limit_down: Some(125_000),
             contents: vec![],
+            stats: Stats::default(),
         }));
         for event in [progress(), Event::Stopping, Event::Note { text: "a\nb".into() }, status] {
             let line = event.to_line().unwrap();

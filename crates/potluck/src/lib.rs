@@ -32,6 +32,7 @@ mod state;
 mod store;
 #[doc(hidden)]
 pub mod testing;
+mod timing;
 mod tls;
 mod transfer;
 

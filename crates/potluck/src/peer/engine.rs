@@ -13,7 +13,7 @@ use potluck_core::id::{ContentId, PeerId, RequestId};
 use potluck_core::limit::Limit;
 use potluck_core::link::LinkError;
 use potluck_core::sharing::Sharing;
-use potluck_core::swarm::Host;
+use potluck_core::swarm::{self, Host};
 use potluck_core::time::Moment;
 use potluck_core::trust::{MachineKey, NameRecord};
 use potluck_core::wire::datagram::{Ack, HELD_ALL, Item, Request as Question};
@@ -141,6 +141,8 @@ pub(super) struct Engine {
     pub(super) listing: Listing,
     pub(super) sent_bytes: u64,
     pub(super) received_bytes: u64,
+    /// What fetches counted that are over.
+    pub(super) fetched: swarm::Counts,
     pub(super) began: Moment,
     /// Contents whose files are being looked at for changes.
     pub(super) being_checked: BTreeSet<ContentId>,
@@ -186,6 +188,7 @@ impl Engine {
             listing: Listing::default(),
             sent_bytes: 0,
             received_bytes: 0,
+            fetched: swarm::Counts::default(),
             began: clock::now(),
             being_checked: BTreeSet::new(),
             next_check: clock::now(),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use potluck_core::id::{ContentId, PeerId, Piece};
-use potluck_core::swarm::{Arrived, Host, Output, Swarm, Waiting, Why};
+use potluck_core::swarm::{Arrived, Counts, Host, Output, Swarm, Waiting, Why};
 use potluck_core::time::Moment;
 use potluck_core::wire::datagram::Found;
 use potluck_core::wire::stream::{Channel, Goodbye, MAX_PIECES, Side};
@@ -18,6 +18,7 @@ use super::Replies;
 use super::engine::{Content, Engine, Phase, dice};
 use super::neighbours::{Known, MAX_NEIGHBOURS, META_PATIENCE, Opened, SEARCH_EVERY};
 use super::notes::KnownName;
+use super::stats::Before;
 use crate::clock;
 use crate::control::{Event, Source};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,6 +51,10 @@ pub(super) struct Fetch {
     /// The disk was full: when to try again.
     disk_retry: Option<Moment>,
     began: Moment,
+    /// What had happened before somebody first waited for it.
+    before: Option<Before>,
+    /// What swarms counted that it had earlier.
+    earlier: Counts,
     registered: bool,
     /// Verified bytes from each peer, and what it calls itself.
     got: BTreeMap<PeerId, (String, u64)>,
@@ -85,6 +90,8 @@ impl Fetch {
             last_source: now,
             disk_retry: None,
             began: now,
+            before: None,
+            earlier: Counts::default(),
             registered: false,
             got: BTreeMap::new(),
             last_piece: BTreeMap::new(),
@@ -107,6 +114,13 @@ impl Fetch {
         let (have, layout) = (replica.have(), replica.layout());
         let missing = have.missing().map(|piece| u64::from(layout.len_of(piece))).sum::<u64>();
         layout.total() - missing
+    }
+
+    /// What it counted so far.
+    pub(super) fn counts(&self) -> Counts {
+        let mut counts = self.earlier;
+        counts += self.swarm.as_ref().map(Swarm::counts).unwrap_or_default();
+        counts
     }
 
     /// Tells those who wait that it is called off.
@@ -215,6 +229,7 @@ impl Engine {
         }
         let name = self.contents.get(&id).and_then(|c| c.name.clone());
         let now = clock::now();
+        let served = self.sharing.counts();
         let Some(fetch) = self.fetch_mut(id) else { return };
         asker.replies.send(Event::Fetching {
             id: id.to_string(),
@@ -224,6 +239,7 @@ impl Engine {
             have: fetch.have_bytes(),
             path: fetch.target.clone(),
         });
+        fetch.before.get_or_insert_with(|| Before::now(served));
         fetch.askers.push(asker);
         fetch.last_source = now;
         fetch.next_search = now;
@@ -401,6 +417,7 @@ impl Engine {
         let Some(fetch) = self.fetch_mut(id) else { return };
         let Some(replica) = fetch.replica.clone() else { return };
         let layout = Arc::new(replica.layout().clone());
+        fetch.earlier = fetch.counts();
         fetch.swarm = Some(Swarm::new(layout, replica.have(), dice()));
         fetch.opened.clear();
         fetch.known.values_mut().for_each(|known| known.conn = None);
@@ -493,6 +510,7 @@ impl Engine {
 
     fn on_finished(&mut self, content: ContentId, replica: Arc<Replica>, result: Result<PathBuf>) {
         let now = clock::now();
+        let served = self.sharing.counts();
         let Some(fetch) = self.fetch_mut(content) else { return };
         fetch.finishing = false;
         let path = match result {
@@ -509,6 +527,8 @@ impl Engine {
         };
         let seconds = now.since(fetch.began).as_secs_f64();
         let sources = fetch.sources();
+        let counts = fetch.counts();
+        let stats = Box::new(fetch.before.unwrap_or_default().stats(counts, served));
         let bytes = replica.size();
         info!(content = %content, path = %path.display(), bytes, seconds, "complete");
         for asker in fetch.askers.drain(..) {
@@ -518,8 +538,10 @@ impl Engine {
                 bytes,
                 seconds,
                 sources: sources.clone(),
+                stats: Some(stats.clone()),
             });
         }
+        self.fetched += counts;
         self.close_our_channels(content);
         if let Some(known) = self.contents.get_mut(&content) {
             known.phase = Phase::Whole(replica);

@@ -11,6 +11,7 @@ mod neighbours;
 mod network;
 mod notes;
 mod requests;
+mod stats;
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;

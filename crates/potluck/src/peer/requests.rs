@@ -318,6 +318,7 @@ impl Engine {
     fn withdraw(&mut self, id: ContentId) {
         let Some(content) = self.remove(id) else { return };
         if let Phase::Fetching(mut fetch) = content.phase {
+            self.fetched += fetch.counts();
             fetch.call_off();
         }
         if let Some(line) = &mut self.line {
@@ -453,6 +454,7 @@ impl Engine {
                         bytes: 0,
                         seconds: 0.0,
                         sources: Vec::new(),
+                        stats: None,
                     });
                     return;
                 }
@@ -636,6 +638,7 @@ impl Engine {
             limit_up: limit_up.bytes_a_second(),
             limit_down: limit_down.bytes_a_second(),
             contents: self.contents.iter().map(|(id, c)| content_status(*id, c)).collect(),
+            stats: self.stats(),
         }
     }
 }
@@ -667,6 +670,7 @@ fn already_here(replica: &Replica, target: &Path, replies: &Replies) {
             bytes: replica.size(),
             seconds: 0.0,
             sources: Vec::new(),
+            stats: None,
         });
     } else {
         let text = format!("this machine has it already, at {}", path.display());

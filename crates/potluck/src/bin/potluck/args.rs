@@ -229,8 +229,15 @@ Examples:
     #[command(after_help = "\
 Examples:
   potluck status
+  potluck status --stats                 and what happened since it began
   potluck status --json                  for scripts")]
-    Status,
+    Status {
+        /// Say what happened since the peer began: counts, and where the time went [default: off]
+        ///
+        /// With --json it is there in any case.
+        #[arg(long)]
+        stats: bool,
+    },
     /// Show connections to other machines, and what went over them
     ///
     /// Starts nothing: where no peer runs it says so and ends with exit code 3.
@@ -421,6 +428,11 @@ pub(crate) struct Get {
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration,
           requires = "foreground")]
     pub(crate) seed: Duration,
+    /// At the end, say what happened on the way: counts, and where the time went [default: off]
+    ///
+    /// On stderr, as a table; with --json it is in the event "done" in any case.
+    #[arg(long)]
+    pub(crate) stats: bool,
     #[command(flatten)]
     pub(crate) listen: Listen,
 }

@@ -75,7 +75,7 @@ fn run(cli: Cli) -> Result<()> {
         Verb::Ls { glob, watch: true } | Verb::Watch { glob } => verbs::watch(cx, &glob),
         Verb::Find { what } => verbs::find(cx, &what),
         Verb::Unshare { what } => verbs::unshare(cx, &what),
-        Verb::Status => verbs::status(cx),
+        Verb::Status { stats } => verbs::status(cx, stats),
         Verb::Peers => verbs::peers(cx),
         Verb::Limit { up, down } => verbs::limit(cx, up, down),
         Verb::Verify { what } => verbs::verify(cx, what.as_deref()),

@@ -218,6 +218,11 @@ impl Table {
         lines.for_each(|line| out(&line));
     }
 
+    /// As text, for stderr.
+    pub(crate) fn text(&self) -> String {
+        self.lines(None).join("\n")
+    }
+
     fn lines(&self, width: Option<usize>) -> Vec<String> {
         let widths = self.widths(width);
         let line = |cells: &mut dyn Iterator<Item = &str>| {

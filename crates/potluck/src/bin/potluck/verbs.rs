@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use console::style;
-use potluck::control::{Event, IfExists, Member, Request, Row, Source, Status};
+use potluck::control::{Event, IfExists, Member, Request, Row, Source, Stats, Status};
 use potluck::daemon::{self, Client, Role};
 use potluck::{Error, ErrorKind, Limit, Peer, Result};
 use potluck_core::id::Query;
@@ -102,6 +102,7 @@ pub(crate) fn get(cx: &Context, args: &Get) -> Result<()> {
         &line,
         &Request::Get { what, to, exists, timeout_s: args.timeout.as_secs() },
         &again,
+        args.stats,
     )?;
     if let Line::Here(peer) = line {
         if !args.seed.is_zero() {
@@ -113,8 +114,15 @@ pub(crate) fn get(cx: &Context, args: &Get) -> Result<()> {
     Ok(())
 }
 
-/// Runs a fetch; `again` is what goes on with it after an interruption.
-fn fetch(cx: &Context, line: &Line, request: &Request, again: &str) -> Result<()> {
+/// Runs a fetch; `again` is what goes on with it after an interruption, `tell_stats` whether it ends
+/// with what happened on the way.
+fn fetch(
+    cx: &Context,
+    line: &Line,
+    request: &Request,
+    again: &str,
+    tell_stats: bool,
+) -> Result<()> {
     let mut meter = Meter::new(cx);
     let mut at = None;
     let mut of = String::new();
@@ -133,8 +141,8 @@ fn fetch(cx: &Context, line: &Line, request: &Request, again: &str) -> Result<()
             at = Some((*done, *total));
             meter.fetched((*done, *total), *rate, *sources, waiting.as_deref());
         }
-        Event::Done { path, bytes, seconds, sources, .. } => {
-            done = Some((path.clone(), *bytes, *seconds, sources.clone()));
+        Event::Done { path, bytes, seconds, sources, stats, .. } => {
+            done = Some((path.clone(), *bytes, *seconds, sources.clone(), stats.clone()));
         }
         _ => {}
     });
@@ -146,9 +154,12 @@ fn fetch(cx: &Context, line: &Line, request: &Request, again: &str) -> Result<()
         ));
     }
     asked?;
-    if let Some((path, bytes, seconds, sources)) = done {
+    if let Some((path, bytes, seconds, sources, stats)) = done {
         if !of.is_empty() {
             cx.remark(&summary(&of, bytes, seconds, &sources));
+        }
+        if let (true, Some(stats)) = (tell_stats, stats) {
+            cx.remark(&stats_table(&stats).text());
         }
         cx.say(&path_result(&path));
     }
@@ -535,7 +546,7 @@ pub(crate) fn limit(cx: &Context, up: Option<Limit>, down: Option<Limit>) -> Res
     })
 }
 
-pub(crate) fn status(cx: &Context) -> Result<()> {
+pub(crate) fn status(cx: &Context, stats: bool) -> Result<()> {
     let index = Client::connect(&cx.socket(Role::Index))?.map(|index| index.pid());
     if let Some(pid) = index {
         cx.remark(&format!("a standing index runs (process {pid})"));
@@ -543,6 +554,10 @@ pub(crate) fn status(cx: &Context) -> Result<()> {
     Line::to_running_peer(cx)?.ask(cx, &Request::Status, &mut |event| {
         if let (Event::Status(status), false) = (event, cx.json) {
             show_status(status);
+            if stats {
+                out("");
+                stats_table(&status.stats).print();
+            }
         }
     })
 }
@@ -591,6 +606,65 @@ fn show_status(status: &Status) {
         ]);
     }
     table.print();
+}
+
+/// What happened, a line each: how often, how many bytes, how long, and how long for a GiB.
+fn stats_table(stats: &Stats) -> Table {
+    let mut table = Table::new(&["", ">COUNT", ">SIZE", ">SECONDS", ">S A GIB"]);
+    let (fetched, served, time) = (&stats.fetched, &stats.served, &stats.seconds);
+    let none = String::new;
+    let counted = |table: &mut Table, what: &str, count: u64, bytes: Option<u64>| {
+        table.row([what.into(), count.to_string(), bytes.map_or_else(none, size), none(), none()]);
+    };
+    let took = |table: &mut Table, what: &str, seconds: f64, bytes: u64| {
+        let gib = bytes as f64 / f64::from(1 << 30);
+        let each = if gib > 0.0 { format!("{:.3}", seconds / gib) } else { none() };
+        table.row([what.into(), none(), none(), format!("{seconds:.3}"), each]);
+    };
+    counted(&mut table, "fetched", fetched.pieces, Some(fetched.bytes));
+    counted(&mut table, "  duplicates", fetched.duplicates, Some(fetched.duplicate_bytes));
+    for (what, count) in [
+        ("  bad", fetched.bad),
+        ("  failed to write", fetched.failed),
+        ("  stalls of hosts", fetched.stalls),
+        ("  stolen from them", fetched.steals),
+        ("  retries", fetched.retries),
+        ("  busy hosts", fetched.busy),
+        ("  asked twice at the end", fetched.endgame),
+        ("  grants declined", fetched.declined),
+    ] {
+        counted(&mut table, what, count, None);
+    }
+    for (what, seconds) in [
+        ("  receive", time.receive),
+        ("  open", time.open),
+        ("  hash", time.hash),
+        ("  write", time.write),
+        ("  sync", time.sync),
+        ("  wait", time.wait_to_receive),
+    ] {
+        took(&mut table, what, seconds, fetched.bytes);
+    }
+    counted(&mut table, "sent", served.pieces, Some(served.bytes));
+    for (what, count) in [
+        ("  turned away", served.busy),
+        ("  granted", served.granted),
+        ("  grants withdrawn", served.withdrawn),
+        ("  cancelled or unreadable", served.unsent),
+        ("  stuck connections", served.stuck),
+    ] {
+        counted(&mut table, what, count, None);
+    }
+    for (what, seconds) in [
+        ("  read", time.read),
+        ("  seal", time.seal),
+        ("  send", time.send),
+        ("  wait", time.wait_to_send),
+    ] {
+        took(&mut table, what, seconds, served.bytes);
+    }
+    took(&mut table, "other", time.other, fetched.bytes + served.bytes);
+    table
 }
 
 pub(crate) fn down(cx: &Context, index: bool) -> Result<()> {
