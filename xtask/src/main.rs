@@ -24,13 +24,13 @@ enum Verb {
     ///
     /// Builds the release binary, runs real processes in a temporary folder, checks every result,
     /// and prints tables with medians. Compare only figures of one run.
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Try swarms in a network made for it: hosts with links as slow as is asked for
     ///
     /// One seed and some fetchers, each a real process in a network namespace of its own. It verifies
     /// every copy and compares the time of the last with the bound that nothing can beat. Needs root;
     /// whatever it makes is gone when it ends, however it ends.
-    Lab(lab::Args),
+    Lab(Box<lab::Args>),
     /// The authenticated echo that `bench index` measures against
     #[command(hide = true)]
     Echo,

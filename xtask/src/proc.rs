@@ -113,6 +113,16 @@ impl Machine {
     ) -> Result<Self> {
         let home = under.join(name);
         fs::create_dir(&home)?;
+        Self::start_in(potluck, home, verb, name, place)
+    }
+
+    fn start_in(
+        potluck: &Path,
+        home: PathBuf,
+        verb: &str,
+        name: &str,
+        place: &Place,
+    ) -> Result<Self> {
         let mut command = place.command(potluck);
         let listen = SocketAddr::new(place.address, place.port).to_string();
         command.args([verb, "--json", "--leash", "--listen", &listen, "--state"]);
@@ -161,6 +171,26 @@ impl Machine {
         let peer = Self::start(potluck, under, "up", name, &Place::here())?;
         peer.asks(["join", invite])?;
         Ok(peer)
+    }
+
+    /// Ends a peer as its user would.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        self.asks(["down"])?;
+        self.child.0.wait()?;
+        Ok(())
+    }
+
+    /// Ends it without a word.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.0.kill()?;
+        self.child.0.wait()?;
+        Ok(())
+    }
+
+    /// Starts a peer that has ended, as it was.
+    pub(crate) fn again(self, place: &Place) -> Result<Self> {
+        let name = self.home.file_name().and_then(OsStr::to_str).context("it has a name")?;
+        Self::start_in(&self.potluck, self.home.clone(), "up", name, place)
     }
 
     /// Where a peer takes requests.

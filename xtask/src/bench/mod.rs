@@ -4,6 +4,7 @@
 mod disk;
 pub(crate) mod echo;
 mod files;
+mod huge;
 mod index;
 mod limits;
 mod race;
@@ -59,6 +60,8 @@ enum What {
     Disk,
     /// How near transfers stay to a limit
     Limits,
+    /// What a file of 200 GB takes to share, begin again, resume and verify
+    Huge,
     /// Requests that the index answers on one core, against a bare authenticated echo
     Index,
     /// All of these
@@ -104,6 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             What::Files => files::run(&setting)?,
             What::Disk => disk::run(&setting)?,
             What::Limits => limits::run(&setting)?,
+            What::Huge => huge::run(&setting)?,
             What::Index | What::All => index::run(&setting, args.registrations)?,
         }
         fs::remove_dir_all(&setting.dir)?;
