@@ -6,6 +6,7 @@ mod bench;
 mod lab;
 mod proc;
 mod table;
+mod tools;
 
 use clap::{Parser, Subcommand};
 

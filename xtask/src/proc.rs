@@ -1,6 +1,7 @@
 //! Owns the processes that are measured: starts them, asks them, ends them, and reads what the
 //! kernel says of them. Never judges a figure.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -8,7 +9,9 @@ use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::time::Instant;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use potluck::control::Event;
@@ -201,12 +204,16 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 pub(crate) struct Cost {
     /// Seconds on the clock.
     pub(crate) seconds: f64,
-    /// CPU seconds of each process that was named.
+    /// CPU seconds of each process that was named, with all its descendants.
     pub(crate) cpu: Vec<f64>,
+    /// Their most memory until then, in MiB, likewise.
+    pub(crate) memory: Vec<f64>,
     /// CPU seconds of this process.
     pub(crate) own: f64,
-    /// CPU seconds of children that came and went meanwhile.
+    /// CPU seconds of children that came and went meanwhile …
     pub(crate) children: f64,
+    /// … and the most memory of one of them, with its descendants.
+    pub(crate) children_memory: f64,
     /// The share of this machine's CPU time that others used meanwhile.
     pub(crate) others: f64,
 }
@@ -214,21 +221,94 @@ pub(crate) struct Cost {
 /// Does `work`, in which `processes` take part, and says what it cost.
 pub(crate) fn measure<T>(processes: &[u32], work: impl FnOnce() -> Result<T>) -> Result<(T, Cost)> {
     let look = || -> Result<_> {
-        let cpu: Vec<f64> =
-            processes.iter().map(|pid| Ok(times(*pid)?.own)).collect::<Result<_>>()?;
+        let cpu: Vec<f64> = processes.iter().map(|pid| cpu_of(*pid)).collect::<Result<_>>()?;
         Ok((cpu, times(std::process::id())?, Busy::now()?))
     };
     let (cpu_before, own_before, busy_before) = look()?;
+    let watch = Watch::start();
     let began = Instant::now();
     let result = work()?;
     let seconds = began.elapsed().as_secs_f64();
     let (cpu, own, busy) = look()?;
+    let most = watch.stop();
     let cpu: Vec<f64> = cpu.iter().zip(cpu_before).map(|(after, before)| after - before).collect();
     let (children, own) = (own.children - own_before.children, own.own - own_before.own);
     let ours = cpu.iter().sum::<f64>() + children + own;
     let programs = busy.programs - busy_before.programs;
     let others = ((programs - ours) / (seconds * busy.cores)).clamp(0.0, 1.0);
-    Ok((result, Cost { seconds, cpu, own, children, others }))
+    let memory = processes.iter().map(|pid| most.get(pid).copied().unwrap_or(f64::NAN)).collect();
+    let strangers = most.iter().filter(|(pid, _)| !processes.contains(pid));
+    let children_memory = strangers.map(|(_, mib)| *mib).fold(0.0, f64::max);
+    Ok((result, Cost { seconds, cpu, memory, own, children, children_memory, others }))
+}
+
+/// How often memory is looked at: the kernel keeps the highest value, so that only the last moment
+/// of a process is missed.
+const MEMORY_LOOK: Duration = Duration::from_millis(50);
+
+/// A thread that looks at the memory of all children meanwhile.
+struct Watch {
+    stop: Sender<()>,
+    thread: JoinHandle<BTreeMap<u32, f64>>,
+}
+
+impl Watch {
+    fn start() -> Self {
+        let (stop, stopped) = channel();
+        let thread = thread::spawn(move || {
+            let mut most: BTreeMap<u32, BTreeMap<u32, f64>> = BTreeMap::new();
+            loop {
+                let last =
+                    !matches!(stopped.recv_timeout(MEMORY_LOOK), Err(RecvTimeoutError::Timeout));
+                for child in children_of(std::process::id()) {
+                    let of = most.entry(child).or_default();
+                    for pid in tree(child) {
+                        // It may have ended between two looks.
+                        if let Ok(mib) = memory(pid, "VmHWM") {
+                            of.insert(pid, mib);
+                        }
+                    }
+                }
+                if last {
+                    return most.iter().map(|(child, of)| (*child, of.values().sum())).collect();
+                }
+            }
+        });
+        Self { stop, thread }
+    }
+
+    /// The most memory of each child, with its descendants, in MiB.
+    fn stop(self) -> BTreeMap<u32, f64> {
+        drop(self.stop);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+/// A process and all its descendants.
+fn tree(pid: u32) -> Vec<u32> {
+    let mut all = vec![pid];
+    let mut next = 0;
+    while let Some(pid) = all.get(next) {
+        all.extend(children_of(*pid));
+        next += 1;
+    }
+    all
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return vec![] };
+    let lists =
+        tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
+    let lists: Vec<String> = lists.collect();
+    lists.iter().flat_map(|list| list.split_whitespace()).flat_map(str::parse).collect()
+}
+
+/// CPU seconds of a process and all its descendants.
+fn cpu_of(pid: u32) -> Result<f64> {
+    let own = times(pid)?;
+    // A descendant may have ended between two looks.
+    let below = tree(pid).into_iter().skip(1).filter_map(|pid| times(pid).ok());
+    Ok(own.own + own.children + below.map(|times| times.own + times.children).sum::<f64>())
 }
 
 /// CPU seconds of a process, and of its children that have ended.

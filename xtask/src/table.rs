@@ -8,7 +8,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(heads: &[&str]) -> Self {
+    pub(crate) fn new(heads: &[impl ToString]) -> Self {
         Self { rows: vec![heads.iter().map(ToString::to_string).collect()] }
     }
 

@@ -59,6 +59,7 @@ pub(crate) fn client_with(
     config.alpn_protocols = vec![alpn.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
+    config.enable_secret_extraction = true; // connections protect their records themselves
     Ok(config)
 }
 
@@ -80,6 +81,7 @@ pub(crate) fn server_with(
     config.alpn_protocols = vec![alpn.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    config.enable_secret_extraction = true; // as above
     Ok(config)
 }
 

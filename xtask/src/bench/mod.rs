@@ -1,8 +1,12 @@
 //! Owns `cargo xtask bench`: what is measured, where, and what the machine was. Never installs
 //! anything: a tool that is not here is said to be missing.
 
+mod disk;
 pub(crate) mod echo;
+mod files;
 mod index;
+mod limits;
+mod race;
 mod share;
 mod transfer;
 
@@ -47,11 +51,17 @@ pub(crate) struct Args {
 enum What {
     /// Hashing and registering a file, against b3sum
     Share,
-    /// One source, one fetcher, against nginx and curl
+    /// One big file, one source, one fetcher, against whatever else is installed
     Transfer,
+    /// Likewise ten thousand small files, and the Rust toolchain's folder
+    Files,
+    /// Likewise on a disk (--dir), with nothing in memory, against the disk itself
+    Disk,
+    /// How near transfers stay to a limit
+    Limits,
     /// Requests that the index answers on one core, against a bare authenticated echo
     Index,
-    /// All three
+    /// All of these
     All,
 }
 
@@ -80,8 +90,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(has >= need, "{} has {} MiB, {} are needed", dir.display(), has >> 20, need >> 20);
     println!("{}; everything under {}; medians of {} runs\n", machine()?, dir.display(), args.runs);
     let under = tempfile::Builder::new().prefix("potluck-bench-").tempdir_in(&dir)?;
-    for what in [What::Share, What::Transfer, What::Index] {
-        if args.what != What::All && args.what != what {
+    for what in What::value_variants() {
+        let what = *what;
+        if what == What::All || (args.what != What::All && args.what != what) {
             continue;
         }
         let dir = under.path().join(format!("{}", what as u8));
@@ -90,7 +101,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         match what {
             What::Share => share::run(&setting)?,
             What::Transfer => transfer::run(&setting)?,
-            _ => index::run(&setting, args.registrations)?,
+            What::Files => files::run(&setting)?,
+            What::Disk => disk::run(&setting)?,
+            What::Limits => limits::run(&setting)?,
+            What::Index | What::All => index::run(&setting, args.registrations)?,
         }
         fs::remove_dir_all(&setting.dir)?;
     }
@@ -101,6 +115,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn room(dir: &Path) -> Result<u64> {
     let fs = rustix::fs::statvfs(dir).with_context(|| format!("cannot use {}", dir.display()))?;
     Ok(fs.f_bavail * fs.f_frsize)
+}
+
+/// Whether what is written there only ever is in memory.
+fn is_in_memory(dir: &Path) -> Result<bool> {
+    const TMPFS: u64 = 0x0102_1994;
+    Ok(rustix::fs::statfs(dir)?.f_type as u64 == TMPFS)
 }
 
 /// Processor, cores, kernel, and how busy it is.
@@ -118,9 +138,10 @@ pub(crate) fn machine() -> Result<String> {
     ))
 }
 
-/// Makes a file of bytes that nowhere repeat; its hash.
+/// Makes a file of bytes that nowhere repeat, nor in a file of another name; its hash.
 pub(crate) fn make_up(path: &Path, size: u64) -> Result<blake3::Hash> {
-    let mut stream = blake3::Hasher::new().update(b"potluck bench").finalize_xof();
+    let name = path.file_name().context("a file has a name")?;
+    let mut stream = blake3::Hasher::new().update(name.as_encoded_bytes()).finalize_xof();
     let mut file = File::create_new(path)?;
     let (mut hasher, mut left) = (blake3::Hasher::new(), size);
     let mut chunk = vec![0; CHUNK];

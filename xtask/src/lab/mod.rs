@@ -4,6 +4,7 @@
 //! When that ends, and it ends with whoever started it, the kernel ends all processes in it and
 //! takes back hosts, cables, rules and files: there is nothing that could be left over.
 
+mod crowd;
 mod fleet;
 mod net;
 mod scenario;
@@ -19,13 +20,15 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
+use self::crowd::Crowd;
 use self::fleet::Fleet;
 use self::net::{Link, Net, Weather};
 use self::scenario::{Fault, Scenario, When};
-use self::swarm::Outcome;
+use self::swarm::{Outcome, Players};
 use crate::bench::{machine, make_up};
 use crate::proc;
 use crate::table::{Table, median};
+use crate::tools::{Aria2Torrent, Curl, Libtorrent, Tool, Tracker};
 
 /// Above this share of the machine in use, the machine was measured and not the program.
 const TOO_BUSY: f64 = 0.9;
@@ -78,6 +81,12 @@ pub(crate) struct Args {
     /// Contents that all fetch at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     contents: Option<u8>,
+    /// Who takes part, in turn
+    #[arg(long, value_name = "TOOL", value_delimiter = ',', default_value = "potluck")]
+    tools: Vec<Player>,
+    /// The number of the first run: where chance strikes, each number is a run of its own
+    #[arg(long, value_name = "NTH", default_value_t = 0)]
+    from: u32,
     /// How often; the table shows the median and the worst
     #[arg(long, default_value_t = 3, value_name = "N",
         value_parser = clap::value_parser!(u32).range(1..))]
@@ -112,11 +121,28 @@ enum Preset {
     SeedKilled,
     /// Eight, two contents at once
     Two,
+    /// Eight of 50 Mbit/s: by chance one becomes slow, one stands still, one dies
+    NeverStuck,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Player {
+    Potluck,
+    /// Everyone fetches from one nginx
+    Star,
+    /// aria2 as a BitTorrent client
+    Aria2,
+    /// libtorrent (python3-libtorrent), over TCP
+    Libtorrent,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(potluck) = &args.inside {
         return inside(args, potluck);
+    }
+    for tool in args.tools.iter().filter_map(|player| player.tool()) {
+        let missing = tool.missing();
+        ensure!(missing.is_none(), "{}: {} is not installed", tool.name(), missing.unwrap_or(""));
     }
     if let Some(why) = obstacle() {
         ensure!(args.quick, "{why}");
@@ -168,39 +194,50 @@ fn inside(args: &Args, potluck: &Path) -> Result<()> {
     };
     let runs = if args.quick { 1 } else { args.runs };
     println!("{}\n", machine()?);
+    let tracker = crowd::tracker()?;
     let mut table = Table::new(&HEADS);
     for scenario in &scenarios {
-        let mut outcomes = vec![];
-        for nth in 0..runs {
-            let name = format!("{}-{nth}", scenario.title.replace(' ', "-"));
-            let under = Path::new(ROOM).join(&name);
-            fs::create_dir(&under)?;
-            let outcome = once(scenario, potluck, &under);
-            if let Some(logs) = &args.logs {
-                swarm::keep_logs(&under, &logs.join(&name))?;
+        let mut all: Vec<Vec<Outcome>> = args.tools.iter().map(|_| vec![]).collect();
+        for nth in args.from..args.from + runs {
+            for (player, outcomes) in args.tools.iter().zip(&mut all) {
+                let name = format!("{}-{}-{nth}", scenario.title, player.name());
+                let under = Path::new(ROOM).join(&name);
+                fs::create_dir(&under)?;
+                let outcome = once(&scenario.in_run(nth), *player, potluck, &under, &tracker);
+                if let Some(logs) = &args.logs {
+                    swarm::keep_logs(&under, &logs.join(&name))?;
+                }
+                let outcome = outcome.with_context(|| name.clone())?;
+                for missing in &outcome.missing {
+                    eprintln!("{name}: {missing}");
+                }
+                outcomes.push(outcome);
+                fs::remove_dir_all(under)?;
             }
-            let outcome = outcome?;
-            for missing in &outcome.missing {
-                eprintln!("{}: {missing}", scenario.title);
-            }
-            outcomes.push(outcome);
-            fs::remove_dir_all(under)?;
         }
         if args.quick {
-            let all = outcomes.iter().all(|outcome| outcome.missing.is_empty());
-            ensure!(all, "not every copy was completed");
+            let complete = all.iter().flatten().all(|outcome| outcome.missing.is_empty());
+            ensure!(complete, "not every copy was completed");
             println!("{}: every copy is complete and right.", scenario.title);
             return Ok(());
         }
-        table.row(row(scenario, &outcomes));
+        for (player, outcomes) in args.tools.iter().zip(&all) {
+            table.row(row(scenario, *player, outcomes));
+        }
     }
     let words: Vec<String> = env::args().skip(2).take_while(|word| word != "--inside").collect();
     println!("## `cargo xtask lab {}`: medians of {runs} runs\n\n{table}", words.join(" "));
     Ok(())
 }
 
-/// One run of potluck, in a network and with files of its own.
-fn once(scenario: &Scenario, potluck: &Path, under: &Path) -> Result<Outcome> {
+/// One run, in a network and with files of its own.
+fn once(
+    scenario: &Scenario,
+    player: Player,
+    potluck: &Path,
+    under: &Path,
+    tracker: &Tracker,
+) -> Result<Outcome> {
     let mut links = vec![scenario.seed];
     links.extend(&scenario.fetchers);
     links.push(Link { up: 0.0, down: 0.0 }); // the index
@@ -209,29 +246,53 @@ fn once(scenario: &Scenario, potluck: &Path, under: &Path) -> Result<Outcome> {
         (0..scenario.contents).map(|nth| under.join(format!("content-{nth}"))).collect();
     let hashes = files.iter().map(|file| make_up(file, scenario.size));
     let hashes: Vec<blake3::Hash> = hashes.collect::<Result<_>>()?;
-    let mut fleet = Fleet::start(potluck, under, scenario.fetchers.len(), &files, &hashes)?;
-    swarm::run(scenario, &net, &mut fleet, &hashes)
+    let n = scenario.fetchers.len();
+    let mut players: Box<dyn Players> = match player.tool() {
+        None => Box::new(Fleet::start(potluck, under, n, &files, &hashes)?),
+        Some(tool) => Box::new(Crowd::start(tool, under, n, &files, tracker)?),
+    };
+    swarm::run(scenario, &net, players.as_mut(), &hashes)
+}
+
+impl Player {
+    fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// The tool, unless it is potluck itself.
+    fn tool(self) -> Option<Box<dyn Tool>> {
+        let tracker = crowd::tracker_address();
+        match self {
+            Self::Potluck => None,
+            Self::Star => Some(Box::new(Curl::http())),
+            Self::Aria2 => Some(Box::new(Aria2Torrent::tracked(tracker))),
+            Self::Libtorrent => Some(Box::new(Libtorrent::tracked(tracker))),
+        }
+    }
 }
 
 impl Args {
     /// A scenario by its name, or the plain one; what was given with an option is so in any case.
     fn scenario(&self, preset: Option<Preset>) -> Scenario {
-        let deal = |given: &[f64], or: &[f64]| if given.is_empty() { or } else { given }.to_vec();
+        let given = |these: &[f64]| (!these.is_empty()).then(|| these.to_vec());
         let mixed = preset == Some(Preset::Mixed);
+        let chance = preset == Some(Preset::NeverStuck);
         let (mut n, mut size) = if self.quick { (4, 16) } else { (4, 128) };
         match preset {
             Some(Preset::N1) => n = 1,
             None | Some(Preset::N4) => {}
             Some(Preset::N16) => n = 16,
             Some(Preset::Two) => (n, size) = (8, 64),
+            Some(Preset::NeverStuck) => (n, size) = (8, 32),
             Some(_) => n = 8,
         }
         let late = (preset == Some(Preset::Late)).then_some(When::Bound(0.5));
         let kill = (preset == Some(Preset::SeedKilled)).then_some(1.2);
         let contents = if preset == Some(Preset::Two) { 2 } else { 1 };
         let name = preset.and_then(|of| Some(of.to_possible_value()?.get_name().to_owned()));
-        let ups = deal(&self.up, if mixed { &[100.0, 20.0] } else { &[100.0] });
-        let downs = deal(&self.down, if mixed { &[200.0] } else { &[100.0] });
+        let usual = if chance { 50.0 } else { 100.0 };
+        let ups = given(&self.up).unwrap_or(if mixed { vec![100.0, 20.0] } else { vec![usual] });
+        let downs = given(&self.down).unwrap_or(vec![if mixed { 200.0 } else { usual }]);
         let n = self.n.map_or(n, usize::from);
         let dealt = |nth| Link { up: ups[nth % ups.len()], down: downs[nth % downs.len()] };
         Scenario {
@@ -239,7 +300,7 @@ impl Args {
             size: self.size.unwrap_or(size) << 20,
             contents: self.contents.map_or(contents, usize::from),
             seed: Link {
-                up: self.seed_up.unwrap_or(if mixed { 40.0 } else { 100.0 }),
+                up: self.seed_up.unwrap_or(if mixed { 40.0 } else { usual }),
                 down: downs[0],
             },
             fetchers: (0..n).map(dealt).collect(),
@@ -250,12 +311,14 @@ impl Args {
             late: self.join_at.or(late),
             kill_seed_after: self.kill_seed_after.or(kill),
             faults: self.faults.clone(),
+            chance,
         }
     }
 }
 
-const HEADS: [&str; 13] = [
+const HEADS: [&str; 14] = [
     "scenario",
+    "tool",
     "N",
     "T* s",
     "T/T*",
@@ -270,7 +333,7 @@ const HEADS: [&str; 13] = [
     "remarks",
 ];
 
-fn row(scenario: &Scenario, outcomes: &[Outcome]) -> Vec<String> {
+fn row(scenario: &Scenario, player: Player, outcomes: &[Outcome]) -> Vec<String> {
     let bound = scenario.bound_s();
     let ratios: Vec<f64> =
         outcomes.iter().flat_map(|outcome| outcome.seconds).map(|s| s / bound).collect();
@@ -281,6 +344,7 @@ fn row(scenario: &Scenario, outcomes: &[Outcome]) -> Vec<String> {
     let tails: Vec<f64> = outcomes.iter().flat_map(|outcome| outcome.tails.clone()).collect();
     vec![
         scenario.title.clone(),
+        player.name(),
         scenario.fetchers.len().to_string(),
         format!("{bound:.2}"),
         format!("{:.3}", median(ratios.iter().copied())),

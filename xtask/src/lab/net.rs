@@ -4,7 +4,6 @@
 //! A host's sending is shaped at its own end of its cable and its receiving at the switch's end, so
 //! that neither takes from the other, and what stands in a queue stands where it would outside.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::net::Ipv4Addr;
@@ -25,6 +24,9 @@ const BURST_BYTES: f64 = 16.0 * 1024.0;
 /// What hosts use, whatever this machine does: it is what most machines have. It is said of the route
 /// because a namespace may not choose what the machine does not allow everyone.
 const CONGESTION_CONTROL: &str = "cubic";
+
+/// The switch's own address: what runs outside of all hosts is reached by it.
+pub(crate) const SWITCH: Ipv4Addr = Ipv4Addr::new(10, 77, 255, 254);
 
 /// Mbit/s (10⁶ bits of packets) in each direction; 0: as fast as this machine can.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,7 +61,15 @@ pub(crate) struct Net {
 impl Net {
     pub(crate) fn build(links: &[Link], weather: Weather) -> Result<Self> {
         let net = Self { weather, hosts: links.len() };
-        ip("link add switch type bridge stp_state 0 forward_delay 0\nlink set switch up\n", None)?;
+        ip(
+            &format!(
+                "link add switch address {} type bridge stp_state 0 forward_delay 0\n\
+                 link set switch up\n\
+                 addr add {SWITCH}/16 dev switch\n",
+                hardware(SWITCH)
+            ),
+            None,
+        )?;
         for (host, link) in links.iter().enumerate() {
             net.add(host, *link)?;
         }
@@ -90,16 +100,17 @@ impl Net {
              link set eth0 address {} up\n\
              addr add {}/16 dev eth0\n\
              route replace 10.77.0.0/16 dev eth0 src {} congctl {CONGESTION_CONTROL}\n",
-            hardware(host),
+            hardware(address(host)),
             address(host),
             address(host),
         );
         // Without these a queue that is full drops the question who an address is, and connecting
         // fails at once.
-        for other in (0..self.hosts).filter(|other| *other != host) {
-            let (ip, hardware) = (address(other), hardware(other));
-            let _ = writeln!(inside, "neigh add {ip} lladdr {hardware} nud permanent dev eth0");
-        }
+        let know =
+            |ip, dev| format!("neigh add {ip} lladdr {} nud permanent dev {dev}\n", hardware(ip));
+        let others = (0..self.hosts).filter(|other| *other != host).map(address);
+        inside.extend(others.chain([SWITCH]).map(|ip| know(ip, "eth0")));
+        ip(&know(address(host), "switch"), None)?;
         if self.weather != Weather::default() {
             // A packet each on the wire, or chance would take 64 KiB at once.
             inside += "link set eth0 gso_max_segs 1\n";
@@ -170,8 +181,8 @@ pub(crate) fn address(host: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, (nth >> 8) as u8, nth as u8)
 }
 
-fn hardware(host: usize) -> String {
-    let [a, b, c, d] = address(host).octets();
+fn hardware(address: Ipv4Addr) -> String {
+    let [a, b, c, d] = address.octets();
     format!("02:00:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
@@ -224,6 +235,6 @@ mod tests {
     fn hosts_have_addresses_of_their_own_beyond_a_byte() {
         assert_eq!(address(0), Ipv4Addr::new(10, 77, 0, 1));
         assert_eq!(address(299), Ipv4Addr::new(10, 77, 1, 44));
-        assert_eq!(hardware(299), "02:00:0a:4d:01:2c");
+        assert_eq!(hardware(address(299)), "02:00:0a:4d:01:2c");
     }
 }

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use anyhow::{Context, Error, Result, bail, ensure};
 
+use potluck_core::dice::Dice;
+
 use super::net::{Link, Weather};
 
 /// One seed, some fetchers, and what befalls them.
@@ -22,6 +24,9 @@ pub(super) struct Scenario {
     /// The seed is killed when it has sent so many copies.
     pub(super) kill_seed_after: Option<f64>,
     pub(super) faults: Vec<Fault>,
+    /// Three hosts are struck by chance, others in each run: one is slow from some moment on, one
+    /// stands still, and one dies.
+    pub(super) chance: bool,
 }
 
 /// A moment of a run, counted from when the first fetchers begin.
@@ -53,10 +58,28 @@ pub(super) enum Blow {
     Slow,
 }
 
+/// By chance a host is struck up to this moment, in thousandths of the bound.
+const LAST_BLOW: u64 = 950;
+
 /// What a slow host still sends, in Mbit/s.
 pub(super) const SLOW_MBIT: f64 = 2.0;
 
 impl Scenario {
+    /// What is tried in this run of it.
+    pub(super) fn in_run(&self, nth: u32) -> Self {
+        let mut scenario = self.clone();
+        if self.chance {
+            let mut dice = Dice(u64::from(nth));
+            let mut hosts: Vec<usize> = (1..=self.fetchers.len()).collect();
+            for what in [Blow::Slow, Blow::Stop, Blow::Kill] {
+                let host = hosts.swap_remove(dice.below(hosts.len() as u64) as usize);
+                let when = When::Bound(dice.below(LAST_BLOW) as f64 / 1000.0);
+                scenario.faults.push(Fault { what, host, when });
+            }
+        }
+        scenario
+    }
+
     /// Seconds in which no way to distribute the contents can be done: Kumar and Ross, "Peer-assisted
     /// file distribution: the minimum distribution time" (2006). The seed has to send everything
     /// once, each fetcher has to receive it, and all copies go over the uplinks that there are.
@@ -170,6 +193,7 @@ mod tests {
             late: None,
             kill_seed_after: None,
             faults: vec![],
+            chance: false,
         }
     }
 
@@ -212,6 +236,21 @@ mod tests {
         wide.fetchers[7].down = 800.0;
         assert_eq!(wide.late_bound_s(), Some(0.5), "the seed's other half");
         assert_eq!(equal(8).late_bound_s(), None);
+    }
+
+    #[test]
+    fn chance_strikes_three_hosts_and_in_each_run_the_same() {
+        let scenario = Scenario { chance: true, ..equal(8) };
+        for nth in 0..100 {
+            let run = scenario.in_run(nth);
+            let mut struck: Vec<usize> = run.faults.iter().map(|fault| fault.host).collect();
+            struck.sort_unstable();
+            struck.dedup();
+            assert_eq!(struck.len(), 3);
+            assert!(struck[0] >= 1 && struck[2] <= 8);
+            assert_eq!((1..=8).filter(|host| run.survives(*host)).count(), 6);
+            assert_eq!(run.faults, scenario.in_run(nth).faults);
+        }
     }
 
     #[test]

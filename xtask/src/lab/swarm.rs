@@ -111,8 +111,8 @@ pub(super) fn run(
     outcome.others = (programs / available).clamp(0.0, 1.0);
     for arrival in run.arrivals.iter().filter(|arrival| arrival.got.is_ok()) {
         let copy = run.players.copy(arrival.host, arrival.content);
-        let hash =
-            hash_of(&copy).with_context(|| format!("host {} says it is done", arrival.host))?;
+        let says = || format!("host {} says it has {}", arrival.host, copy.display());
+        let hash = hash_of(&copy).with_context(says)?;
         ensure!(hash == hashes[arrival.content], "{} is not what was shared", copy.display());
     }
     Ok(outcome)

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use potluck_core::id::ContentId;
 use potluck_core::manifest::{MAX_COMPONENT, RelPath};
 use potluck_core::time::WallTime;
 use potluck_core::wire::bytes::{Malformed, Reader, Writer};
-use rustix::fs::{FallocateFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -60,6 +60,16 @@ impl Stamp {
     pub(super) fn is_racy(&self, hashed: WallTime) -> bool {
         let touched = self.modified.0.max(self.changed.0);
         touched.saturating_add(RACY_S) >= i64::try_from(hashed.0).unwrap_or(i64::MAX)
+    }
+
+    #[expect(clippy::unnecessary_cast, reason = "the widths depend on the machine")]
+    fn of_stat(stat: &rustix::fs::Stat) -> Self {
+        Self {
+            size: stat.st_size as u64,
+            modified: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
+            changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
+            inode: stat.st_ino as u64,
+        }
     }
 
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
@@ -183,6 +193,78 @@ pub(super) fn walk(root: &File, folder: &str, make: bool) -> io::Result<File> {
         at = next.into();
     }
     Ok(at)
+}
+
+/// Parts that the system reads or writes in one call (`UIO_MAXIOV` of Linux).
+const MAX_PARTS: usize = 1_024;
+
+/// Fills `parts` from `offset` on.
+pub(super) fn read_exact_at(
+    file: &File,
+    mut parts: &mut [IoSliceMut<'_>],
+    mut offset: u64,
+) -> io::Result<()> {
+    while !parts.is_empty() {
+        let most = parts.len().min(MAX_PARTS);
+        match rustix::io::preadv(file, &mut parts[..most], offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                offset += n as u64;
+                IoSliceMut::advance_slices(&mut parts, n);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Writes `parts`, one behind the other, from `offset` on.
+pub(super) fn write_all_at(file: &File, parts: &[&[u8]], mut offset: u64) -> io::Result<()> {
+    let mut parts: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let mut parts = &mut parts[..];
+    while !parts.is_empty() {
+        match rustix::io::pwritev(file, &parts[..parts.len().min(MAX_PARTS)], offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                offset += n as u64;
+                IoSlice::advance_slices(&mut parts, n);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// A look at many files beneath a folder, one after another, through no link: those of one folder
+/// are looked at from there, which spares the system the way to each.
+pub(super) struct Looks<'a> {
+    root: &'a File,
+    folder: &'a str,
+    at: Option<File>,
+}
+
+impl<'a> Looks<'a> {
+    pub(super) fn beneath(root: &'a File) -> Self {
+        Self { root, folder: "", at: None }
+    }
+
+    /// The stamp of a regular file; an error where it is none.
+    pub(super) fn at(&mut self, path: &'a RelPath) -> io::Result<Stamp> {
+        let (folder, name) = path.as_str().rsplit_once('/').unwrap_or(("", path.as_str()));
+        if self.folder != folder {
+            self.at = Some(walk(self.root, folder, false)?);
+            self.folder = folder;
+        }
+        let at = self.at.as_ref().unwrap_or(self.root);
+        let stat = rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+            Ok(Stamp::of_stat(&stat))
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
 }
 
 /// Which file: a replica's serial and the file's position, or [`ROOT`].

@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
-use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -20,8 +20,9 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::content::Content;
 use super::files::{
-    For, OpenFiles, Stamp, lock, make_folder, open_beneath, open_file, open_file_to_update,
-    open_folder, part_path, preallocate, remove_any, rename_new, rename_over, sync_folder, walk,
+    For, Looks, OpenFiles, Stamp, lock, make_folder, open_beneath, open_file, open_file_to_update,
+    open_folder, part_path, preallocate, read_exact_at, remove_any, rename_new, rename_over,
+    sync_folder, walk, write_all_at,
 };
 use super::journal::{Journal, Record};
 use crate::timing::{self, Work};
@@ -71,6 +72,15 @@ impl At {
     fn folder(&self) -> &Path {
         self.target.parent().unwrap_or(Path::new("/"))
     }
+}
+
+/// What a look at the files found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Inspected {
+    /// All are there, with these stamps.
+    Good(Vec<Stamp>),
+    /// These pieces are not.
+    Lost(Vec<Piece>),
 }
 
 /// What was written since the last good sync.
@@ -169,11 +179,11 @@ impl Growing {
     }
 
     /// Writes a piece at its place; not durable yet.
-    pub(super) fn write(&self, piece: Piece, bytes: &[u8]) -> io::Result<()> {
+    pub(super) fn write(&self, piece: Piece, parts: &[&[u8]]) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
         let failed_before = self.failed_syncs.load(Ordering::Acquire);
         let file = self.file_to_write(place.file)?;
-        file.write_all_at(bytes, place.offset)?;
+        write_all_at(&file, parts, place.offset)?;
         let unsynced = &mut *lock(&self.unsynced);
         unsynced.add(place.file, &file);
         if self.failed_syncs.load(Ordering::Acquire) == failed_before {
@@ -184,8 +194,8 @@ impl Growing {
         Ok(())
     }
 
-    /// Appends a piece's bytes to `buf`.
-    pub(super) fn read(&self, piece: Piece, buf: &mut Vec<u8>) -> io::Result<()> {
+    /// Reads a piece into `parts`, which have room for exactly that.
+    pub(super) fn read(&self, piece: Piece, parts: &mut [IoSliceMut<'_>]) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
         let root = self.root()?;
         let file = match &self.content.files[place.file as usize].path {
@@ -195,9 +205,7 @@ impl Growing {
                 .open
                 .get((self.serial, place.file), || open_beneath(&root, path, For::Updating))?,
         };
-        let begin = buf.len();
-        buf.resize(begin + place.len as usize, 0);
-        file.read_exact_at(&mut buf[begin..], place.offset).inspect_err(|_| buf.truncate(begin))
+        read_exact_at(&file, parts, place.offset)
     }
 
     /// Opens a file anew, only to read what is on the disk now.
@@ -305,10 +313,10 @@ impl Growing {
     fn write_again(&self, doubtful: Vec<Piece>, lost: &mut Vec<Piece>) {
         let mut bytes = Vec::new();
         for piece in doubtful {
-            bytes.clear();
-            let good = self.read(piece, &mut bytes).is_ok()
-                && self.content.proof.verify(&self.content.layout, piece, &bytes)
-                && self.write(piece, &bytes).is_ok();
+            bytes.resize(self.content.layout.len_of(piece) as usize, 0);
+            let good = self.read(piece, &mut [IoSliceMut::new(&mut bytes)]).is_ok()
+                && self.content.proof.verify(&self.content.layout, piece, &[&bytes])
+                && self.write(piece, &[&bytes]).is_ok();
             if !good {
                 lost.push(piece);
             }
@@ -373,38 +381,39 @@ impl Growing {
     }
 
     /// Looks whether all files are there with the right sizes. Those that are not (somebody else was
-    /// at them) are removed, and their pieces returned: they are to be fetched again.
-    pub(super) fn inspect(&self) -> io::Result<Vec<Piece>> {
+    /// at them) are removed, and their pieces lost: they are to be fetched again.
+    pub(super) fn inspect(&self) -> io::Result<Inspected> {
         let root = self.root()?;
         let own = root.metadata()?;
+        let layout = &self.content.layout;
         let Some(lies) = self.lies(&own) else {
             *lock(&self.root) = None;
             self.open.close(self.serial);
-            return Ok((0..self.content.layout.pieces()).map(Piece).collect());
+            return Ok(Inspected::Lost((0..layout.pieces()).map(Piece).collect()));
         };
-        let mut lost = Vec::new();
+        let (mut stamps, mut lost) = (Vec::with_capacity(self.content.files.len()), Vec::new());
+        let mut looks = Looks::beneath(&root);
         for (file, number) in self.content.files.iter().zip(0..) {
-            let size = self.content.layout.size_of(number);
-            match &file.path {
-                None if own.len() == size => {}
-                None => {
-                    root.set_len(size)?;
-                    lost.extend(self.content.layout.pieces_of(number).map(Piece));
-                }
-                Some(path) => {
-                    let path = lies.join(path.as_str());
-                    let meta = path.symlink_metadata();
-                    if !meta.is_ok_and(|meta| meta.is_file() && meta.len() == size) {
-                        remove_any(&path)?;
-                        lost.extend(self.content.layout.pieces_of(number).map(Piece));
+            let stamp = match &file.path {
+                Some(path) => looks.at(path),
+                None => Ok(Stamp::of(&own)),
+            };
+            match stamp {
+                Ok(stamp) if stamp.size == layout.size_of(number) => stamps.push(stamp),
+                _ => {
+                    match &file.path {
+                        Some(path) => remove_any(&lies.join(path.as_str()))?,
+                        None => root.set_len(layout.total())?,
                     }
+                    lost.extend(layout.pieces_of(number).map(Piece));
                 }
             }
         }
-        if !lost.is_empty() {
-            self.open.close(self.serial);
+        if stamps.len() == self.content.files.len() {
+            return Ok(Inspected::Good(stamps));
         }
-        Ok(lost)
+        self.open.close(self.serial);
+        Ok(Inspected::Lost(lost))
     }
 
     /// The name it has: the temporary one, or (after an attempt that failed half-way) the final one.
@@ -416,11 +425,12 @@ impl Growing {
         })
     }
 
-    /// Gives it its final name, durably, and returns the stamps of its files there.
+    /// Gives it its final name, durably, and returns the stamps of its files there, which were these
+    /// `before`.
     ///
     /// # Errors
     /// `AlreadyExists`: something has that name, and it may not be overwritten. It stays as it is.
-    pub(super) fn rename(&self) -> io::Result<Vec<Stamp>> {
+    pub(super) fn rename(&self, before: Vec<Stamp>) -> io::Result<Vec<Stamp>> {
         let at = self.at();
         let own = self.root()?.metadata()?;
         lock(&self.journal).append(&[Record::Renaming(own.ino())])?;
@@ -435,7 +445,11 @@ impl Growing {
             remove_any(&at.part)?;
         }
         sync_folder(at.folder())?;
-        stamps(&self.content, &at.target)
+        match self.content.id.kind {
+            // A file's own time of change is that of its new name.
+            Kind::File => stamps(&self.content, &at.target),
+            Kind::Folder => Ok(before),
+        }
     }
 
     /// It is whole, or given up: the journal goes.
@@ -486,14 +500,12 @@ impl Drop for Growing {
 
 /// The stamps of a content's files as they lie at `path`.
 pub(super) fn stamps(content: &Content, path: &Path) -> io::Result<Vec<Stamp>> {
-    let stamp = |name: &super::content::FileName| {
-        let meta = match &name.path {
-            Some(within) => path.join(within.as_str()).symlink_metadata(),
-            None => path.symlink_metadata(),
-        };
-        meta.map(|meta| Stamp::of(&meta))
-    };
-    content.files.iter().map(stamp).collect()
+    if content.id.kind == Kind::File {
+        return Ok(vec![Stamp::of(&path.symlink_metadata()?)]);
+    }
+    let root = open_folder(path)?;
+    let mut looks = Looks::beneath(&root);
+    content.files.iter().filter_map(|file| file.path.as_ref()).map(|path| looks.at(path)).collect()
 }
 
 /// Makes a new, empty temporary file or folder at `part`, locked, with its room where the file system

@@ -4,8 +4,7 @@
 //! Locks are taken in this order: `state`, then what [`Growing`] has, then `have`.
 
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, IoSliceMut};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -17,8 +16,8 @@ use potluck_core::time::WallTime;
 
 use super::Shared;
 use super::content::Content;
-use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder};
-use super::growing::{At, Growing, stamps};
+use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder, read_exact_at};
+use super::growing::{At, Growing, Inspected, stamps};
 use super::hashing::{Progress, in_parallel};
 use super::ledger::Entry;
 use crate::clock;
@@ -141,14 +140,15 @@ impl Replica {
         self.content.proof.encode(&self.content.layout)
     }
 
-    /// Appends the bytes of `piece` to `buf`; nothing is appended where it fails.
-    pub(crate) fn read(&self, piece: Piece, buf: &mut Vec<u8>) -> Result<(), ReadError> {
+    /// Reads `piece` into `parts`, which have room for exactly that. What they hold where it fails
+    /// is of no use.
+    pub(crate) fn read(&self, piece: Piece, parts: &mut [IoSliceMut<'_>]) -> Result<(), ReadError> {
         if !lock(&self.have).has(piece) {
             return Err(ReadError::NotHeld);
         }
         match &*self.state() {
-            State::Whole(whole) => self.read_whole(whole, piece, buf),
-            State::Growing(growing) => growing.read(piece, buf).map_err(|e| match e.kind() {
+            State::Whole(whole) => self.read_whole(whole, piece, parts),
+            State::Growing(growing) => growing.read(piece, parts).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound => ReadError::Changed,
                 _ => ReadError::Disk(Error::io(cannot("read", &growing.at().part), &e)),
             }),
@@ -156,43 +156,50 @@ impl Replica {
         }
     }
 
-    fn read_whole(&self, whole: &Whole, piece: Piece, buf: &mut Vec<u8>) -> Result<(), ReadError> {
+    fn read_whole(
+        &self,
+        whole: &Whole,
+        piece: Piece,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> Result<(), ReadError> {
         let place = self.content.layout.place(piece).ok_or(ReadError::NotHeld)?;
-        let begin = buf.len();
         let stamp = self.open_whole(whole, place.file).and_then(|file| {
-            buf.resize(begin + place.len as usize, 0);
-            file.read_exact_at(&mut buf[begin..], place.offset)?;
+            read_exact_at(&file, parts, place.offset)?;
             // After the read, not before: whatever was read of a change had changed the times first.
             Ok(Stamp::of(&file.metadata()?))
         });
-        let result = match stamp {
-            Ok(stamp) if stamp == whole.stamps[place.file as usize] => return Ok(()),
-            Ok(_) => ReadError::Changed,
-            Err(error) if is_gone(&error) => ReadError::Changed,
-            Err(error) => ReadError::Disk(Error::io(cannot("read", &whole.path), &error)),
-        };
-        buf.truncate(begin);
-        Err(result)
+        match stamp {
+            Ok(stamp) if stamp == whole.stamps[place.file as usize] => Ok(()),
+            Ok(_) => Err(ReadError::Changed),
+            Err(error) if is_gone(&error) => Err(ReadError::Changed),
+            Err(error) => Err(ReadError::Disk(Error::io(cannot("read", &whole.path), &error))),
+        }
     }
 
     fn open_whole(&self, whole: &Whole, file: u32) -> io::Result<Arc<File>> {
-        let open = &self.shared.open;
-        open.get((self.serial, file), || match &self.content.files[file as usize].path {
+        let kept = &self.shared.open;
+        let open = || match &self.content.files[file as usize].path {
             None => open_file(&whole.path),
             Some(path) => {
-                let root = open.get((self.serial, ROOT), || open_folder(&whole.path))?;
+                let root = kept.get((self.serial, ROOT), || open_folder(&whole.path))?;
                 open_beneath(&root, path, For::Reading)
             }
-        })
+        };
+        match self.content.layout.pieces_of(file).len() {
+            // Read whole: keeping it would only close another that is read on.
+            1 => open().map(Arc::new),
+            _ => kept.get((self.serial, file), open),
+        }
     }
 
-    /// Verifies a piece and writes it at its place; any number of threads at once. Within about a
-    /// second it is durable. A crash before costs it, and never leaves it claimed.
-    pub(crate) fn put(&self, piece: Piece, bytes: &[u8]) -> Result<Put, PutError> {
+    /// Verifies a piece, in as many parts as it came in, and writes it at its place; any number of
+    /// threads at once. Within about a second it is durable. A crash before costs it, and never
+    /// leaves it claimed.
+    pub(crate) fn put(&self, piece: Piece, parts: &[&[u8]]) -> Result<Put, PutError> {
         if lock(&self.have).has(piece) {
             return Ok(Put::Duplicate);
         }
-        let good = self.content.proof.verify(&self.content.layout, piece, bytes);
+        let good = self.content.proof.verify(&self.content.layout, piece, parts);
         timing::lap(Work::Hash);
         if !good {
             return Err(PutError::BadPiece);
@@ -207,10 +214,10 @@ impl Replica {
             return Err(PutError::Disk(Error::new(ErrorKind::Other, what)));
         };
         growing
-            .write(piece, bytes)
+            .write(piece, parts)
             .map_err(|e| PutError::Disk(Error::io(cannot("write to", &growing.at().part), &e)))?;
         // Held only when the flusher knows of it: finish flushes what is held.
-        self.shared.bell.written(bytes.len() as u64);
+        self.shared.bell.written(self.layout().len_of(piece).into());
         Ok(if lock(&self.have).insert(piece) { Put::New } else { Put::Duplicate })
     }
 
@@ -244,13 +251,17 @@ impl Replica {
         if !growing.is_flushed() {
             self.flush_growing(&growing)?;
         }
-        let lost = growing.inspect().map_err(|e| failed(&e))?;
-        if !lost.is_empty() || !self.is_complete() {
-            self.lose(&growing, &lost);
-            return Err(self.incomplete());
-        }
         let hashed = clock::wall();
-        let stamps = growing.rename().map_err(|e| self.rename_failed(&growing.at().target, &e))?;
+        let stamps = match growing.inspect().map_err(|e| failed(&e))? {
+            Inspected::Good(stamps) if self.is_complete() => stamps,
+            Inspected::Good(_) => return Err(self.incomplete()),
+            Inspected::Lost(pieces) => {
+                self.lose(&growing, &pieces);
+                return Err(self.incomplete());
+            }
+        };
+        let stamps =
+            growing.rename(stamps).map_err(|e| self.rename_failed(&growing.at().target, &e))?;
         let whole = Arc::new(Whole { path: growing.at().target, stamps, hashed });
         self.shared.open.close(self.serial);
         *state = State::Whole(Arc::clone(&whole));
@@ -400,13 +411,14 @@ impl Replica {
             return true;
         }
         let state = self.state().clone();
-        let mut bytes = Vec::new();
+        let mut bytes = vec![0; self.layout().len_of(piece) as usize];
+        let parts = &mut [IoSliceMut::new(&mut bytes)];
         let read = match &state {
-            State::Growing(growing) => growing.read(piece, &mut bytes).is_ok(),
-            State::Whole(whole) => self.read_again(whole, piece, &mut bytes).is_ok(),
+            State::Growing(growing) => growing.read(piece, parts).is_ok(),
+            State::Whole(whole) => self.read_again(whole, piece, parts).is_ok(),
             State::Forgotten(_) => false,
         };
-        if read && self.content.proof.verify(self.layout(), piece, &bytes) {
+        if read && self.content.proof.verify(self.layout(), piece, &[&bytes]) {
             return false;
         }
         tracing::warn!(content = %self.id(), piece = piece.0, "a piece on this disk is bad");
@@ -424,10 +436,14 @@ impl Replica {
     }
 
     /// Reads whatever is there now, changed or not.
-    fn read_again(&self, whole: &Whole, piece: Piece, bytes: &mut Vec<u8>) -> io::Result<()> {
+    fn read_again(
+        &self,
+        whole: &Whole,
+        piece: Piece,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
-        bytes.resize(place.len as usize, 0);
-        self.open_whole(whole, place.file)?.read_exact_at(bytes, place.offset)
+        read_exact_at(&*self.open_whole(whole, place.file)?, parts, place.offset)
     }
 
     /// Makes durable, and claims, all that was put so far.

@@ -60,7 +60,7 @@ pub(super) fn dialled(
 ) {
     let owner = owner.clone();
     let handle: GetHandle = Box::new(move || owner.upgrade().map(Connection));
-    let session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
+    let mut session = Session::new(ctx, conn, to, true, Arc::clone(mailbox), handle);
     match connect(ctx, to, expect) {
         Ok(secure) => Thread::new(secure, session, mailbox, None).run(),
         Err(gone) => session.report_gone(&gone),
@@ -117,6 +117,8 @@ struct Thread {
     /// When we last told that the other side is alive.
     alive: Moment,
     is_up: bool,
+    /// Up to where in the stream we say what is large: small frames beyond wait for no turn.
+    large_until: u64,
     /// Whose turn it is to send and to receive, where that is limited.
     up: Turn,
     down: Turn,
@@ -147,6 +149,7 @@ impl Thread {
             checked: now,
             alive: now,
             is_up: false,
+            large_until: 0,
             up,
             down,
         }
@@ -171,6 +174,7 @@ impl Thread {
         loop {
             self.read_mail()?;
             self.speak()?;
+            self.session.hand_over()?;
             let ready = self.wait()?;
             let now = clock::now();
             if ready.read {
@@ -203,7 +207,8 @@ impl Thread {
         Ok(())
     }
 
-    /// Seals and writes what is to be said, until there is nothing or the kernel takes no more.
+    /// Seals and writes what is to be said, until there is nothing, the kernel takes no more, or the
+    /// limit allows no more.
     fn speak(&mut self) -> Result<(), Gone> {
         loop {
             if self.secure.is_flushed() {
@@ -215,48 +220,55 @@ impl Thread {
                     return Ok(());
                 }
             }
-            let wrote = self.secure.write()?;
+            // Small frames wait for no turn.
+            let waits = self.secure.written() < self.large_until;
+            let room = if waits { self.up.room() } else { usize::MAX };
+            let took = self.secure.write(room)?;
             timing::lap(Work::Send);
-            if wrote {
+            if took > 0 {
+                self.up.moved(took);
                 self.taken = clock::now();
                 self.said = self.taken;
                 self.session.on_written(self.secure.written())?;
             }
-            if !self.secure.is_flushed() {
+            if !self.secure.is_flushed() && took < room {
+                return Ok(());
+            }
+            if room == 0 {
+                self.taken = clock::now(); // it is we who wait
                 return Ok(());
             }
         }
     }
 
-    /// Fills the outgoing buffer, as far as the limit allows.
+    /// Fills the outgoing buffer. No piece is read before it is its turn.
     fn seal(&mut self) -> Result<(), Gone> {
         loop {
             let outbox = &mut self.session.outbox;
-            let at_hand = !outbox.plain().is_empty();
-            if !at_hand && !outbox.has_serves() {
-                self.up.rest();
+            let (said, large) = (outbox.plain().len(), outbox.is_large());
+            if said == 0 && !outbox.has_serves() {
+                if self.secure.is_flushed() {
+                    self.up.rest();
+                }
                 return Ok(());
             }
-            // No piece is read before it is its turn. Small frames wait for none.
-            let waits = !at_hand || outbox.is_large();
-            let room = if waits { self.up.room() } else { usize::MAX };
-            if room == 0 {
+            if (said == 0 || large) && self.up.room() == 0 {
                 return Ok(());
             }
-            if !at_hand {
-                self.session.begin_serve()?;
-                timing::lap(Work::Read);
-                continue;
-            }
-            let plain = self.session.outbox.plain();
             let before = self.secure.sealed();
-            let n = self.secure.seal(&plain[..plain.len().min(room)])?;
-            timing::lap(Work::Seal);
-            if n == 0 {
+            if said > 0 {
+                let n = self.secure.seal(self.session.outbox.plain())?;
+                timing::lap(Work::Seal);
+                self.session.outbox.said(n);
+                if n < said {
+                    return Ok(());
+                }
+            } else if !self.session.serve(&mut self.secure)? {
                 return Ok(());
             }
-            self.up.moved((self.secure.sealed() - before) as usize);
-            self.session.outbox.said(n, self.secure.sealed());
+            if (said == 0 || large) && self.secure.sealed() > before {
+                self.large_until = self.secure.sealed();
+            }
         }
     }
 
@@ -267,7 +279,7 @@ impl Thread {
         let (held, to_send) = (self.down.until(), self.up.until());
         let mut interest = PollFlags::empty();
         interest.set(PollFlags::IN, held.is_none());
-        interest.set(PollFlags::OUT, !self.secure.is_flushed());
+        interest.set(PollFlags::OUT, !self.secure.is_flushed() && to_send.is_none());
         let turn = [held, to_send].into_iter().flatten().min();
         let tick = turn.map_or(TICK, |turn| turn.since(clock::now()).min(TICK));
         // Before the connection is up, letters lie until it is: only new ones wake us.
@@ -314,7 +326,8 @@ impl Thread {
         if room == 0 {
             return Ok(());
         }
-        let arrived = self.secure.read(room)?;
+        let wanted = self.gather.piece().map(|len| len - self.secure.opened().len().min(len));
+        let arrived = self.secure.read(room, wanted)?;
         timing::lap(Work::Receive);
         match arrived {
             Arrived::Some(n) => {
@@ -330,14 +343,8 @@ impl Thread {
             }
             Arrived::End => return Err(self.hung_up()),
         }
-        let was_handshaking = self.secure.is_handshaking();
         self.open()?;
         timing::lap(Work::Open);
-        if was_handshaking && !self.secure.is_handshaking() {
-            let key = self.secure.peer_key();
-            let key = key.ok_or_else(|| Gone::Insecure("it speaks another protocol".to_owned()))?;
-            self.session.on_secure(PeerId(key))?;
-        }
         if self.session.is_up() && !self.is_up {
             self.is_up = true;
             self.secure.grow();
@@ -349,12 +356,20 @@ impl Thread {
             self.alive = self.heard;
             self.session.report_alive(self.gather.is_amid())?;
         }
-        Ok(())
+        self.session.hand_over()
     }
 
+    /// Opens what was read and does what it says, as far as it could be opened.
     fn open(&mut self) -> Result<(), Gone> {
-        let (gather, session) = (&mut self.gather, &mut self.session);
-        self.secure.open(|bytes| gather.take(bytes, session))
+        let was_handshaking = self.secure.is_handshaking();
+        let opened = self.secure.open();
+        if was_handshaking && !self.secure.is_handshaking() && opened.is_ok() {
+            let key = self.secure.peer_key();
+            let key = key.ok_or_else(|| Gone::Insecure("it speaks another protocol".to_owned()))?;
+            self.session.on_secure(PeerId(key))?;
+        }
+        self.gather.take(self.secure.opened(), &mut self.session)?;
+        opened
     }
 
     fn hung_up(&self) -> Gone {
@@ -390,6 +405,7 @@ impl Thread {
             }
             self.gather.rest();
             self.session.outbox.rest();
+            self.secure.rest();
         }
         let patience = if silent >= TAKE { TAKE } else { SLOW_TAKE };
         if !ready.write && !self.secure.is_flushed() && now.since(self.taken) >= patience {
@@ -411,8 +427,9 @@ impl Thread {
     fn say_goodbye(&mut self, gone: &Gone) {
         let said = self.session.goodbye.take().or_else(|| last_words(gone));
         let Some((why, text)) = said.filter(|_| self.session.may_speak()) else { return };
-        let amid_a_piece = !self.session.outbox.end_with(&Frame::Bye(why, &text));
-        if amid_a_piece && matches!(gone, Gone::NotMember(_) | Gone::NotJoined) {
+        self.session.outbox.end_with(&Frame::Bye(why, &text));
+        let is_flushed = self.secure.is_flushed();
+        if !is_flushed && matches!(gone, Gone::NotMember(_) | Gone::NotJoined) {
             return; // not another byte of it
         }
         let deadline = clock::now() + GOODBYE;
@@ -445,6 +462,7 @@ impl Thread {
 mod tests {
     use super::*;
     use crate::transfer::Event;
+    use crate::transfer::incoming::opened;
     use crate::transfer::puppet::{Machine, Puppet, key};
     use potluck_core::id::{ContentId, Piece};
     use potluck_core::limit::Limit;
@@ -621,7 +639,7 @@ mod tests {
         thread.hear().unwrap();
         assert!(machine.knows_of_nothing());
         assert!(thread.down.until().is_some());
-        thread.gather.take(&[0, 0], &mut thread.session).unwrap();
+        thread.gather.take(&mut opened(&[0, 0]), &mut thread.session).unwrap();
         let late = thread.heard + Duration::from_secs(50);
         assert!(ready.read && thread.keep_time(late, ready).is_ok());
         let ready = thread.wait_with_letter(&connection);

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::gather::{Gather, Listener as _};
+use super::incoming::opened;
 use super::puppet::*;
 use super::session::Session;
 use super::*;
@@ -65,7 +66,7 @@ fn some_bytes(len: usize, seed: u8) -> Vec<u8> {
 
 fn piece(of: &Replica, n: u32) -> Vec<u8> {
     let mut bytes = vec![];
-    of.read(Piece(n), &mut bytes).unwrap();
+    of.read_to(Piece(n), &mut bytes).unwrap();
     bytes
 }
 
@@ -517,6 +518,7 @@ fn no_bytes_and_no_commands_in_any_order_make_a_session_panic() {
         let address = machine.address;
         let mut session = Session::new(&ctx, ConnId(0), address, false, mailbox, handle);
         let mut gather = Gather::new();
+        let (mut secure, mut other) = super::secure::tests::up();
         let _ = session.on_secure(key(3).peer());
         if up {
             let certificate = certificate(key(3).peer()).encode();
@@ -534,7 +536,7 @@ fn no_bytes_and_no_commands_in_any_order_make_a_session_panic() {
                         body.extend(bytes);
                     }
                     let frame = [&(body.len() as u32).to_be_bytes()[..], &body].concat();
-                    gather.take(&frame, &mut session)
+                    gather.take(&mut opened(&frame), &mut session)
                 }
                 Step::Command(kind, channel, pieces) if up => {
                     session.on_command(command(kind, channel, &pieces, &replica))
@@ -542,13 +544,17 @@ fn no_bytes_and_no_commands_in_any_order_make_a_session_panic() {
                 Step::Command(..) => Ok(()),
             };
             let Ok(()) = done else { break };
-            for said in 1.. {
+            while session.outbox.has_serves() || !session.outbox.plain().is_empty() {
                 let n = session.outbox.plain().len();
-                if n == 0 && !session.begin_serve().unwrap() {
-                    break;
+                session.outbox.said(n);
+                session.serve(&mut secure).unwrap();
+                while !secure.is_flushed() {
+                    secure.write(usize::MAX).unwrap();
+                    other.read(usize::MAX, None).unwrap();
+                    other.open().unwrap();
+                    other.opened().copy_to(&mut vec![], usize::MAX);
                 }
-                session.outbox.said(n, said);
-                session.on_written(said).unwrap();
+                session.on_written(secure.written()).unwrap();
             }
             session.owed_for(clock::now());
         }

@@ -6,11 +6,14 @@ use potluck_core::layout::MAX_PIECES;
 use potluck_core::wire::stream::{Channel, Frame, MAX_FRAME, PIECE_HEAD, Side, piece_head};
 
 use super::Gone;
+use super::incoming::Incoming;
 
 /// The longest frame but a piece: `Have` with a bit for each of the most pieces a content has.
 const MAX_OTHER: usize = 7 + MAX_PIECES as usize / 8;
-/// A frame's length and as much of it as tells a piece from all others: the head and one byte.
-const HEAD: usize = 4 + PIECE_HEAD + 1;
+/// A frame's length and type, which tell a piece from all others.
+const TYPE_END: usize = 5;
+/// The same of a piece, and all that is said of it before its bytes.
+const HEAD: usize = 4 + PIECE_HEAD;
 
 /// What is done with what was gathered.
 pub(super) trait Listener {
@@ -18,18 +21,18 @@ pub(super) trait Listener {
     fn on_frame(&mut self, frame: Frame<'_>) -> Result<(), Gone>;
     /// A piece of so many bytes begins. `false`: it is of no use, let it pass by.
     fn on_piece_head(&mut self, channel: u16, piece: Piece, len: usize) -> Result<bool, Gone>;
-    /// The same piece, whole.
-    fn on_piece(&mut self, channel: u16, piece: Piece, bytes: &[u8]) -> Result<(), Gone>;
+    /// The same piece, whole, in the parts it came in.
+    fn on_piece(&mut self, channel: u16, piece: Piece, parts: &[&[u8]]) -> Result<(), Gone>;
     /// A piece that was let pass by is over.
     fn on_passed(&mut self, channel: u16, piece: Piece, len: usize) -> Result<(), Gone>;
 }
 
-/// Gathers frames.
+/// Gathers frames. Pieces stay where they came in until they are whole.
 pub(super) struct Gather {
     stage: Stage,
     /// The first bytes of the frame at hand.
     head: [u8; HEAD],
-    /// Its bytes, where they came in parts. Grows with what arrives, not with what was announced.
+    /// Its bytes, if it is no piece. Grows with what arrives, not with what was announced.
     frame: Vec<u8>,
 }
 
@@ -40,14 +43,9 @@ enum Stage {
     /// Another frame, so long.
     Other(usize),
     /// A piece, so long.
-    Piece { channel: u16, piece: Piece, len: usize, wanted: Wanted },
-}
-
-#[derive(Clone, Copy)]
-enum Wanted {
-    Yes,
-    /// So many of its bytes have passed by.
-    No(usize),
+    Piece { channel: u16, piece: Piece, len: usize },
+    /// A piece of no use, of which so many bytes have passed by.
+    Passing { channel: u16, piece: Piece, len: usize, passed: usize },
 }
 
 impl Gather {
@@ -61,129 +59,110 @@ impl Gather {
         !matches!(self.stage, Stage::Head(0))
     }
 
+    /// How many bytes the piece at hand has in all.
+    pub(super) const fn piece(&self) -> Option<usize> {
+        match self.stage {
+            Stage::Piece { len, .. } => Some(len),
+            Stage::Head(_) | Stage::Other(_) | Stage::Passing { .. } => None,
+        }
+    }
+
     /// Gives back memory that is not in use.
     pub(super) fn rest(&mut self) {
         self.frame.shrink_to_fit();
     }
 
-    /// Takes the next bytes of the stream.
+    /// Takes what is here of the stream, but for a piece that is not whole.
     pub(super) fn take(
         &mut self,
-        mut bytes: &[u8],
+        stream: &mut Incoming,
         listener: &mut impl Listener,
     ) -> Result<(), Gone> {
-        while !bytes.is_empty() {
-            bytes = match self.stage {
-                Stage::Head(have) => self.take_head(have, bytes, listener)?,
+        while !stream.is_empty() {
+            match self.stage {
+                Stage::Head(have) => self.take_head(have, stream, listener)?,
                 Stage::Other(len) => {
-                    let rest = self.fill(len, bytes);
+                    let missing = len - self.frame.len();
+                    stream.copy_to(&mut self.frame, missing);
                     if self.frame.len() == len {
                         listener.on_frame(decode(&self.frame)?)?;
                         self.next_frame();
                     }
-                    rest
                 }
-                Stage::Piece { channel, piece, len, wanted: Wanted::Yes } => {
-                    let rest = self.fill(len, bytes);
-                    if self.frame.len() == len {
-                        listener.on_piece(channel, piece, &self.frame)?;
+                Stage::Piece { len, .. } if stream.len() < len => return Ok(()),
+                Stage::Piece { channel, piece, len } => {
+                    listener.on_piece(channel, piece, &stream.front(len))?;
+                    stream.advance(len);
+                    self.next_frame();
+                }
+                Stage::Passing { channel, piece, len, passed } => {
+                    let n = stream.len().min(len - passed);
+                    stream.advance(n);
+                    self.stage = Stage::Passing { channel, piece, len, passed: passed + n };
+                    if passed + n == len {
                         self.next_frame();
+                        listener.on_passed(channel, piece, len)?;
                     }
-                    rest
                 }
-                Stage::Piece { channel, piece, len, wanted: Wanted::No(passed) } => {
-                    let n = bytes.len().min(len - passed);
-                    self.pass(channel, piece, len, passed + n, listener)?;
-                    &bytes[n..]
-                }
-            };
+            }
         }
         Ok(())
     }
 
     /// Gathers the head; once enough of it is here, knows what frame it is.
-    fn take_head<'a>(
+    fn take_head(
         &mut self,
         have: usize,
-        bytes: &'a [u8],
+        stream: &mut Incoming,
         listener: &mut impl Listener,
-    ) -> Result<&'a [u8], Gone> {
-        // First the length and the type; of a piece, its head and one byte as well.
-        let need = if have < 5 || self.head[4] != piece_kind() { 5 } else { HEAD };
-        let n = bytes.len().min(need - have);
-        self.head[have..have + n].copy_from_slice(&bytes[..n]);
-        let (have, rest) = (have + n, &bytes[n..]);
+    ) -> Result<(), Gone> {
+        // First the length and the type; of a piece, the whole head as well.
+        let is_piece = have >= TYPE_END && self.head[TYPE_END - 1] == piece_kind();
+        let need = if is_piece { HEAD } else { TYPE_END };
+        let have = have + stream.copy(&mut self.head[have..need]);
         self.stage = Stage::Head(have);
         if have < need {
-            return Ok(rest);
+            return Ok(());
         }
         let len = u32::from_be_bytes([self.head[0], self.head[1], self.head[2], self.head[3]]);
         let len = len as usize;
         if len == 0 {
             return Err(Gone::Protocol("a frame is empty"));
         }
-        if self.head[4] != piece_kind() {
+        if self.head[TYPE_END - 1] != piece_kind() {
             if len > MAX_OTHER {
                 return Err(Gone::Protocol("a frame is too long"));
             }
             self.stage = Stage::Other(len);
-            self.frame.push(self.head[4]);
+            self.frame.push(self.head[TYPE_END - 1]);
             if len == 1 {
                 listener.on_frame(decode(&self.frame)?)?;
                 self.next_frame();
             }
-            return Ok(rest);
+            return Ok(());
         }
         if len > MAX_FRAME || len <= PIECE_HEAD {
             return Err(Gone::Protocol("a piece is too long or too short"));
         }
-        if have == HEAD {
-            self.begin_piece(len - PIECE_HEAD, listener)?;
+        match have {
+            HEAD => self.begin_piece(len - PIECE_HEAD, listener),
+            _ => Ok(()),
         }
-        Ok(rest)
     }
 
     fn begin_piece(&mut self, len: usize, listener: &mut impl Listener) -> Result<(), Gone> {
-        // The head and one byte are a whole piece frame of one byte.
-        let Frame::Piece(channel, piece, first) = decode(&self.head[4..])? else {
+        // The head with any byte behind it is a whole piece frame.
+        let mut least = [0; HEAD + 1];
+        least[..HEAD].copy_from_slice(&self.head);
+        let Frame::Piece(channel, piece, _) = decode(&least[4..])? else {
             return Err(Gone::Protocol("a piece is no piece"));
         };
-        let (channel, first) = (channel.number, first[0]);
-        if listener.on_piece_head(channel, piece, len)? {
-            self.stage = Stage::Piece { channel, piece, len, wanted: Wanted::Yes };
-            self.frame.reserve_exact(len);
-            self.frame.push(first);
-            if len == 1 {
-                listener.on_piece(channel, piece, &self.frame)?;
-                self.next_frame();
-            }
-            Ok(())
-        } else {
-            self.pass(channel, piece, len, 1, listener)
-        }
-    }
-
-    fn pass(
-        &mut self,
-        channel: u16,
-        piece: Piece,
-        len: usize,
-        passed: usize,
-        listener: &mut impl Listener,
-    ) -> Result<(), Gone> {
-        self.stage = Stage::Piece { channel, piece, len, wanted: Wanted::No(passed) };
-        if passed == len {
-            self.next_frame();
-            listener.on_passed(channel, piece, len)?;
-        }
+        let channel = channel.number;
+        self.stage = match listener.on_piece_head(channel, piece, len)? {
+            true => Stage::Piece { channel, piece, len },
+            false => Stage::Passing { channel, piece, len, passed: 0 },
+        };
         Ok(())
-    }
-
-    /// Adds to the frame up to `len` bytes; what is left of `bytes`.
-    fn fill<'a>(&mut self, len: usize, bytes: &'a [u8]) -> &'a [u8] {
-        let n = bytes.len().min(len - self.frame.len());
-        self.frame.extend_from_slice(&bytes[..n]);
-        &bytes[n..]
     }
 
     fn next_frame(&mut self) {
@@ -204,6 +183,7 @@ fn piece_kind() -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transfer::incoming::opened;
     use proptest::collection::vec;
     use proptest::prelude::*;
 
@@ -220,8 +200,8 @@ mod tests {
             self.0.push(format!("{channel} {piece:?} of {len}"));
             Ok(channel.is_multiple_of(2))
         }
-        fn on_piece(&mut self, _: u16, _: Piece, bytes: &[u8]) -> Result<(), Gone> {
-            self.0.push(format!("{bytes:?}"));
+        fn on_piece(&mut self, _: u16, _: Piece, parts: &[&[u8]]) -> Result<(), Gone> {
+            self.0.push(format!("{:?}", parts.concat()));
             Ok(())
         }
         fn on_passed(&mut self, channel: u16, _: Piece, len: usize) -> Result<(), Gone> {
@@ -252,14 +232,18 @@ mod tests {
         fn frames_are_the_same_wherever_the_stream_is_cut(cuts in vec(1usize..20, 0..60)) {
             let stream = frames();
             let (mut at_once, mut in_parts) = (Notes::default(), Notes::default());
-            Gather::new().take(&stream, &mut at_once).unwrap();
+            Gather::new().take(&mut opened(&stream), &mut at_once).unwrap();
             let (mut gather, mut rest) = (Gather::new(), &stream[..]);
+            let mut incoming = opened(b"");
             for cut in cuts {
                 let (part, more) = rest.split_at(cut.min(rest.len()));
-                gather.take(part, &mut in_parts).unwrap();
+                incoming.put(part);
+                gather.take(&mut incoming, &mut in_parts).unwrap();
                 rest = more;
             }
-            gather.take(rest, &mut in_parts).unwrap();
+            incoming.put(rest);
+            gather.take(&mut incoming, &mut in_parts).unwrap();
+            prop_assert!(incoming.is_empty());
             prop_assert!(!gather.is_amid());
             prop_assert_eq!(at_once.0.len(), 12);
             prop_assert_eq!(at_once, in_parts);
@@ -273,10 +257,9 @@ mod tests {
         ) {
             let mut gather = Gather::new();
             let stream = [&announced.to_be_bytes()[..], &[kind], &bytes].concat();
-            let _ = gather.take(&stream, &mut Notes::default());
-            // (A piece's length is checked by its listener before room is made for it.)
-            prop_assert!(kind == piece_kind() || gather.frame.capacity() <= 1_024);
-            let _ = Gather::new().take(&bytes, &mut Notes::default());
+            let _ = gather.take(&mut opened(&stream), &mut Notes::default());
+            prop_assert!(gather.frame.capacity() <= 1_024);
+            let _ = Gather::new().take(&mut opened(&bytes), &mut Notes::default());
         }
     }
 }

@@ -8,13 +8,17 @@
 //! | `session` | channels, and what may be said on them by whom and when |
 //! | `outbox` | what is said next, in an order that lets small things pass between large ones |
 //! | `gather` | a stream of bytes → frames and whole pieces |
-//! | `secure` | TLS records ↔ socket, in few large steps |
+//! | `incoming` | bytes that came in, where they lie until they are of use |
+//! | `secure` | TLS ↔ socket, in few large steps |
+//! | `records` | how a record is sealed and opened |
 //! | `limiter` | the limits all connections keep to together, and whose turn it is |
 
 mod connection;
 mod gather;
+mod incoming;
 mod limiter;
 mod outbox;
+mod records;
 mod secure;
 mod session;
 

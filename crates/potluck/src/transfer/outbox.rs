@@ -1,14 +1,14 @@
 //! Owns what is said next on a connection: small frames pass between large ones, metadata goes
-//! before pieces, and one piece at a time lies in memory. Never decides whom to serve.
+//! before pieces. Never decides whom to serve, and never sees a piece's bytes.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use potluck_core::id::Piece;
-use potluck_core::wire::stream::{Channel, Frame, META_CHUNK, PIECE_HEAD, Side, piece_head};
+use potluck_core::wire::stream::{Channel, Frame, META_CHUNK, Side};
 
 use super::Gone;
-use crate::store::{ReadError, Replica};
+use crate::store::Replica;
 
 /// Small frames that may wait for a machine that does not read: one that stays this far behind is
 /// let go of.
@@ -24,10 +24,6 @@ pub(super) struct Outbox {
     small_meta: usize,
     metas: VecDeque<MetaOut>,
     serves: VecDeque<(u16, Piece)>,
-    /// The piece at hand: its frame, of which the first `piece_at` bytes were said.
-    piece: Vec<u8>,
-    piece_at: usize,
-    piece_of: Option<(u16, Piece)>,
     /// Pieces said but not yet known to be with the kernel: where in the stream they end.
     ends: VecDeque<(u64, Sent)>,
 }
@@ -88,20 +84,15 @@ impl Outbox {
         self.serves.retain(|(on, _)| *on != channel);
     }
 
-    /// Begins nothing more at all, but says `frame` last; false if a piece is being said, which
-    /// would have to be finished first.
-    pub(super) fn end_with(&mut self, frame: &Frame<'_>) -> bool {
+    /// Begins nothing more at all, but says `frame` last.
+    pub(super) fn end_with(&mut self, frame: &Frame<'_>) {
         self.metas.clear();
         self.serves.clear();
         frame.encode(&mut self.small);
-        self.piece_at == self.piece.len()
     }
 
-    /// The bytes to say now; empty where there is nothing, or only a serve.
+    /// The bytes to say now, before any piece; empty where there are none.
     pub(super) fn plain(&mut self) -> &[u8] {
-        if self.piece_at < self.piece.len() {
-            return &self.piece[self.piece_at..];
-        }
         if self.small_at == self.small.len() {
             self.small.clear();
             (self.small_at, self.small_meta) = (0, 0);
@@ -112,9 +103,14 @@ impl Outbox {
         &self.small[self.small_at..]
     }
 
-    /// Whether those bytes are of a piece or of metadata, and not of a frame that is always small.
+    /// Whether those bytes are of metadata, and not of a frame that is always small.
     pub(super) const fn is_large(&self) -> bool {
-        self.piece_at < self.piece.len() || self.small_at < self.small_meta
+        self.small_at < self.small_meta
+    }
+
+    /// The first `n` of those bytes were said.
+    pub(super) const fn said(&mut self, n: usize) {
+        self.small_at += n;
     }
 
     /// Whether there is a serve that was not begun.
@@ -122,47 +118,20 @@ impl Outbox {
         !self.serves.is_empty()
     }
 
-    /// The first `n` of those bytes were said, and end at `position` in the stream.
-    pub(super) fn said(&mut self, n: usize, position: u64) {
-        if self.piece_at < self.piece.len() {
-            self.piece_at += n;
-            if self.piece_at == self.piece.len()
-                && let Some((channel, piece)) = self.piece_of.take()
-            {
-                let bytes = (self.piece.len() - 4 - PIECE_HEAD) as u32;
-                self.ends.push_back((position, Sent { channel, piece, bytes }));
-            }
-        } else {
-            self.small_at += n;
-        }
+    /// The next piece to be served, where nothing else is to be said before; it stays the next until
+    /// [`Outbox::served`].
+    pub(super) fn next_serve(&self) -> Option<(u16, Piece)> {
+        self.serves.front().copied()
     }
 
-    /// The next piece to be served, where nothing else is to be said before.
-    pub(super) fn next_serve(&mut self) -> Option<(u16, Piece)> {
-        self.serves.pop_front()
+    /// That piece's turn is over.
+    pub(super) fn served(&mut self) {
+        self.serves.pop_front();
     }
 
-    /// Reads the piece to say next.
-    pub(super) fn load(
-        &mut self,
-        channel: u16,
-        piece: Piece,
-        replica: &Replica,
-    ) -> Result<(), ReadError> {
-        let len = replica.layout().len_of(piece) as usize;
-        let theirs = Channel { number: channel, opener: Side::Them };
-        self.piece.clear();
-        self.piece_at = 0;
-        self.piece.reserve_exact(4 + PIECE_HEAD + len);
-        self.piece.extend_from_slice(&piece_head(theirs, piece, len));
-        let read = replica.read(piece, &mut self.piece);
-        let whole = self.piece.len() == 4 + PIECE_HEAD + len;
-        if read.is_err() || !whole {
-            self.piece.clear();
-            return read.and(Err(ReadError::Changed));
-        }
-        self.piece_of = Some((channel, piece));
-        Ok(())
+    /// A piece was sealed, and ends at `position` in the stream.
+    pub(super) fn sealed(&mut self, position: u64, piece: Sent) {
+        self.ends.push_back((position, piece));
     }
 
     /// The next piece whose last byte lies before `written` in the stream.
@@ -179,10 +148,6 @@ impl Outbox {
 
     /// Gives back memory that is not in use.
     pub(super) fn rest(&mut self) {
-        if self.piece_at == self.piece.len() {
-            self.piece = vec![];
-            self.piece_at = 0;
-        }
         self.small.shrink_to_fit();
     }
 

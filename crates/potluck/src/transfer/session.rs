@@ -14,12 +14,13 @@ use potluck_core::id::{PeerId, Piece};
 use potluck_core::time::Moment;
 use potluck_core::trust::{Certificate, Distrust};
 use potluck_core::wire::stream::{
-    Channel, Frame, Goodbye, MAX_CHANNELS, MAX_HOSTS, MAX_META, MAX_PIECES, Side,
+    Channel, Frame, Goodbye, MAX_CHANNELS, MAX_HOSTS, MAX_META, MAX_PIECES, Side, piece_head,
 };
 
 use super::gather::Listener;
 use super::limiter::Turn;
-use super::outbox::Outbox;
+use super::outbox::{Outbox, Sent};
+use super::secure::Secure;
 use super::{
     Command, ConnId, Connection, Context, Event, Gone, Identity, MAX_ESTABLISHED, Mailbox,
 };
@@ -31,6 +32,8 @@ use crate::timing::{self, Work};
 const MAX_WANTS: usize = 4_096;
 /// Pieces the other side may reject on one connection: each costs us a look at the disk.
 const MAX_REJECTS: u32 = 64;
+/// Reports that wait to be handed over together.
+const MAX_REPORTS: usize = 64;
 
 /// How the first [`Event::Up`] gets its handle; `None`: nobody wants it any more.
 pub(super) type GetHandle = Box<dyn FnOnce() -> Option<Connection> + Send>;
@@ -45,8 +48,6 @@ pub(super) struct Session {
     handle: Option<GetHandle>,
     /// The key the other side proved to hold, once TLS is up.
     key: Option<PeerId>,
-    /// A Hello that came together with the end of the TLS handshake, before `key` was known.
-    early_hello: Option<(Vec<u8>, u16)>,
     /// The certificate this machine showed.
     shown: Option<Certificate>,
     /// The other side's, believed: the connection is up.
@@ -56,6 +57,8 @@ pub(super) struct Session {
     ours: BTreeMap<u16, Ours>,
     theirs: BTreeMap<u16, Theirs>,
     rejects: u32,
+    /// What the engine is still to be told.
+    reports: Vec<Event>,
     pub(super) outbox: Outbox,
     /// What is said last, if we were told.
     pub(super) goodbye: Option<(Goodbye, String)>,
@@ -150,13 +153,13 @@ impl Session {
             dialled,
             handle: Some(handle),
             key: None,
-            early_hello: None,
             shown: None,
             member: None,
             seat: None,
             ours: BTreeMap::new(),
             theirs: BTreeMap::new(),
             rejects: 0,
+            reports: Vec::new(),
             outbox: Outbox::default(),
             goodbye: None,
         }
@@ -184,10 +187,7 @@ impl Session {
         if self.dialled {
             self.say_hello(&self.ctx.identity().ok_or(Gone::NotJoined)?.certificate.clone())?;
         }
-        match self.early_hello.take() {
-            Some((certificate, port)) => self.on_hello(&certificate, port),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn say_hello(&mut self, certificate: &Certificate) -> Result<(), Gone> {
@@ -198,12 +198,7 @@ impl Session {
 
     /// The other side shows its certificate: to come up, or a renewed one later.
     fn on_hello(&mut self, certificate: &[u8], port: u16) -> Result<(), Gone> {
-        let Some(key) = self.key else {
-            return match self.early_hello.replace((certificate.to_vec(), port)) {
-                None => Ok(()),
-                Some(_) => Err(Gone::Protocol("it speaks before it was believed")),
-            };
-        };
+        let key = self.key.ok_or(Gone::Protocol("it speaks before it was believed"))?;
         let certificate = Certificate::decode(certificate).map_err(|e| Gone::Protocol(e.0))?;
         if let Some(known) = &self.member
             && certificate.not_after <= known.not_after
@@ -250,18 +245,29 @@ impl Session {
 
     /// The last event, where the engine knows of the connection: callers that never came up are
     /// nothing to it.
-    pub(super) fn report_gone(&self, why: &Gone) {
+    pub(super) fn report_gone(&mut self, why: &Gone) {
         let (conn, address, peer) = (self.conn.0, self.address, self.key);
         tracing::debug!(conn, %address, ?peer, self.dialled, %why, "a connection is over");
         self.mailbox.close();
         if self.is_up() || self.dialled {
             let _ = self.report(Event::Gone { why: why.clone() });
         }
+        let _ = self.hand_over();
     }
 
-    /// Tells the engine. Waits while its queue is full; ends the connection when it is gone.
-    fn report(&self, event: Event) -> Result<(), Gone> {
-        self.ctx.events.send((self.conn, event)).map_err(|_| Gone::Ended)
+    /// Tells the engine, together with what else there is to tell by the next [`Session::hand_over`]:
+    /// small pieces come by the dozen, and each by itself would wake the engine's thread.
+    fn report(&mut self, event: Event) -> Result<(), Gone> {
+        self.reports.push(event);
+        if self.reports.len() < MAX_REPORTS { Ok(()) } else { self.hand_over() }
+    }
+
+    /// Hands over what was reported. Waits while the engine's queue is full; ends the connection
+    /// when the engine is gone.
+    pub(super) fn hand_over(&mut self) -> Result<(), Gone> {
+        let mut reports = self.reports.drain(..);
+        reports
+            .try_for_each(|event| self.ctx.events.send((self.conn, event)).map_err(|_| Gone::Ended))
     }
 }
 
@@ -282,7 +288,7 @@ impl Session {
     }
 
     /// The other side has said something.
-    pub(super) fn report_alive(&self, coming: bool) -> Result<(), Gone> {
+    pub(super) fn report_alive(&mut self, coming: bool) -> Result<(), Gone> {
         self.report(Event::Alive { coming })
     }
 
@@ -466,16 +472,35 @@ impl Session {
 
 // Serving.
 impl Session {
-    /// Reads the next piece to be served into the outbox; false where there is none.
-    pub(super) fn begin_serve(&mut self) -> Result<bool, Gone> {
-        let Some((channel, piece)) = self.outbox.next_serve() else { return Ok(false) };
-        let Some(open) = open_theirs(&mut self.theirs, channel) else { return Ok(true) };
-        let Some(replica) = open.replica.as_ref().filter(|_| open.wanted.remove(&piece)) else {
-            self.report(Event::Unsent { channel, piece })?;
-            return Ok(true);
+    /// Reads the next piece to be served and seals it; false where that must wait until what was
+    /// sealed before is with the kernel.
+    pub(super) fn serve(&mut self, secure: &mut Secure) -> Result<bool, Gone> {
+        let Some((channel, piece)) = self.outbox.next_serve() else { return Ok(true) };
+        let open = open_theirs(&mut self.theirs, channel);
+        let Some(replica) =
+            open.and_then(|open| open.replica.clone().filter(|_| open.wanted.contains(&piece)))
+        else {
+            self.outbox.served();
+            return self.report(Event::Unsent { channel, piece }).map(|()| true);
         };
-        if let Err(error) = self.outbox.load(channel, piece, replica) {
-            self.report(Event::Unreadable { channel, piece, error })?;
+        let bytes = replica.layout().len_of(piece);
+        let head = piece_head(theirs(channel), piece, bytes as usize);
+        let sealed = secure.seal_with(&head, bytes as usize, |parts| {
+            let read = replica.read(piece, parts);
+            timing::lap(Work::Read);
+            read
+        })?;
+        timing::lap(Work::Seal);
+        if sealed == Ok(false) {
+            return Ok(false);
+        }
+        if let Some(open) = open_theirs(&mut self.theirs, channel) {
+            open.wanted.remove(&piece);
+        }
+        self.outbox.served();
+        match sealed {
+            Ok(_) => self.outbox.sealed(secure.sealed(), Sent { channel, piece, bytes }),
+            Err(error) => self.report(Event::Unreadable { channel, piece, error })?,
         }
         Ok(true)
     }
@@ -483,13 +508,13 @@ impl Session {
     /// Tells of the pieces that the kernel has taken whole, now that it has `written` bytes.
     pub(super) fn on_written(&mut self, written: u64) -> Result<(), Gone> {
         while let Some(sent) = self.outbox.sent(written) {
-            let super::outbox::Sent { channel, piece, bytes } = sent;
+            let Sent { channel, piece, bytes } = sent;
             self.mailbox.sent.fetch_add(bytes.into(), Ordering::Relaxed);
             if open_theirs(&mut self.theirs, channel).is_some() {
                 self.report(Event::Sent { channel, piece, bytes })?;
             }
         }
-        Ok(())
+        self.hand_over()
     }
 }
 
@@ -551,15 +576,15 @@ impl Listener for Session {
         Ok(true)
     }
 
-    fn on_piece(&mut self, channel: u16, piece: Piece, bytes: &[u8]) -> Result<(), Gone> {
-        let len = bytes.len() as u32;
-        self.mailbox.received.fetch_add(len.into(), Ordering::Relaxed);
+    fn on_piece(&mut self, channel: u16, piece: Piece, parts: &[&[u8]]) -> Result<(), Gone> {
+        let len = parts.iter().map(|part| part.len() as u32).sum();
+        self.mailbox.received.fetch_add(u64::from(len), Ordering::Relaxed);
         // Closed since the piece began to come in: of no use.
         let Some(open) = open_ours(&mut self.ours, channel) else { return Ok(()) };
         let Some(replica) = open.replica.clone() else { return Ok(()) };
         open.answered(piece);
         timing::lap(Work::Open);
-        let put = replica.put(piece, bytes);
+        let put = replica.put(piece, parts);
         timing::lap(Work::Write);
         if put == Err(PutError::BadPiece) {
             self.outbox.say(&Frame::Reject(ours(channel), piece))?;
