@@ -30,7 +30,8 @@ const LEAST_AHEAD_PIECES: u64 = 8;
 const AHEAD: Duration = Duration::from_millis(20);
 /// A host that let us wait too long is left alone for so long.
 const REST: Duration = Duration::from_secs(2);
-/// A host that let us wait so often in a row, without a piece between, is dropped.
+/// A host that let us wait so often in a row, without a piece between, is dropped if it is not heard
+/// of at all any more.
 const MOST_STALLS: u8 = 3;
 /// The longest wait that a busy host may ask for.
 const MOST_BUSY: Duration = Duration::from_secs(5);
@@ -123,6 +124,8 @@ pub enum Waiting {
     AllBusy(Moment),
     /// Hosts that have something for us do not answer.
     Silent,
+    /// Nor do they answer, but they are there: they serve others first.
+    Queued,
 }
 
 /// What happened so far; a swarm that heals hides its wounds, so they are counted.
@@ -284,7 +287,7 @@ impl Swarm {
     /// once. From now on the host is asked for what it grants only.
     pub fn on_granted(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
         let Some(n) = self.hosts.get_mut(&host) else { return };
-        n.grants = Some(now);
+        (n.grants, n.granted) = (Some(now), true);
         self.learn(host, pieces.iter().copied());
         let mut declined = Vec::new();
         for &piece in pieces {
@@ -354,8 +357,8 @@ impl Swarm {
         self.fill(now);
     }
 
-    /// This host owes us pieces and said something; `coming`: a part of one of them. It is there, then,
-    /// however slow it is, and however long others are served before us.
+    /// This host said something; `coming`: a part of a piece. It is there, then, however slow it is, and
+    /// however long others are served before us. To be told every few seconds at the least.
     pub fn on_alive(&mut self, now: Moment, host: Host, coming: bool) {
         if let Some(n) = self.hosts.get_mut(&host) {
             n.alive(now, coming);
@@ -466,19 +469,29 @@ impl Swarm {
             return Some(Waiting::NoHosts);
         }
         if !self.asked.is_empty() {
-            let quiet = |n: &Neighbour| n.silent(now).is_none_or(|silent| silent > QUIET);
-            return self.hosts.values().all(quiet).then_some(Waiting::Silent);
+            let moves = |n: &Neighbour| n.waited(now).is_some_and(|waited| waited <= QUIET);
+            let asked = || self.hosts.values().filter(|n| n.asked().len() > 0);
+            return match () {
+                () if asked().any(|n| moves(n) || n.is_coming(now)) => None,
+                () if asked().any(|n| n.is_alive(now)) => Some(Waiting::Queued),
+                () => Some(Waiting::Silent),
+            };
         }
         let useful = || self.hosts.values().filter(|n| !n.open.is_empty());
         if useful().any(|n| n.rest > now) {
-            return Some(Waiting::Silent);
+            let alive = useful().any(|n| n.is_alive(now));
+            return Some(if alive { Waiting::Queued } else { Waiting::Silent });
         }
         if let Some(first) = useful().map(|n| n.busy).min() {
             return (first > now).then_some(Waiting::AllBusy(first));
         }
         let granted = self.hosts.values().filter_map(|n| n.grants).max();
+        // It granted once, so it has more than it shows.
+        let has_more = self.hosts.values().any(|n| n.granted && n.is_alive(now));
         match granted {
-            Some(at) => (now.since(at) > QUIET).then_some(Waiting::Silent),
+            Some(at) if now.since(at) <= QUIET => None,
+            _ if has_more => Some(Waiting::Queued),
+            Some(_) => Some(Waiting::Silent),
             None => Some(Waiting::Missing(self.unheld())),
         }
     }
@@ -673,8 +686,8 @@ impl Swarm {
         self.cancel(host, pieces);
         let Some(n) = self.hosts.get_mut(&host) else { return };
         n.rest = now + REST;
-        n.stalls += 1;
-        if n.stalls >= MOST_STALLS {
+        n.stalls = n.stalls.saturating_add(1);
+        if n.stalls >= MOST_STALLS && !n.is_alive(now) {
             self.forget(now, host);
             self.outputs.push_back(Output::Drop { host, why: Why::Silent });
         }

@@ -1,6 +1,5 @@
-//! Owns the sums of where connections' threads spend their time: a clock is read when a thread goes
-//! from one kind of work to the next, and never for less than a read, a write or a piece. The sums are the
-//! whole process's.
+//! Owns the sums of where connections' threads spend their time, over the whole process. A clock is
+//! read where a thread goes from one kind of work to the next: once for a read, a write or a piece.
 //!
 //! ```text
 //! source    Read  → Seal → Send                  ToSend: had something to send, and waited

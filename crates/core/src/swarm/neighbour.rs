@@ -26,8 +26,10 @@ const LEAST_PATIENCE: Duration = Duration::from_millis(300);
 const MOST_PATIENCE: Duration = Duration::from_secs(30);
 /// Before it is late, an answer lags: after twice the usual time, and not before this.
 const LAGS: Duration = Duration::from_millis(100);
-/// Whoever owes us pieces for long shows that it is there within this: its pings come every 5 s.
-const SIGN: Duration = Duration::from_secs(8);
+/// Whoever is there says something within this: at the least a ping every 15 s.
+const SIGN: Duration = Duration::from_secs(20);
+/// A piece that was coming so long ago is coming still.
+const COMING: Duration = Duration::from_secs(3);
 /// What a first answer may take, besides the piece's bytes at [`FIRST_RATE`].
 const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes a second that are expected of a host that was never measured.
@@ -63,7 +65,9 @@ pub(super) struct Neighbour {
     /// When it last showed that it is there, …
     sign: Option<Moment>,
     /// … and that a piece is on its way.
-    coming: Moment,
+    coming: Option<Moment>,
+    /// It granted us pieces once: it is a seed, which does not show what it has.
+    pub(super) granted: bool,
     /// What was taken back from it may still come: since when it was waited for.
     late: Option<Moment>,
     usual: Option<Duration>,
@@ -85,7 +89,8 @@ impl Neighbour {
             asked_bytes: 0,
             turn: Moment::ZERO,
             sign: None,
-            coming: Moment::ZERO,
+            coming: None,
+            granted: false,
             late: None,
             usual: None,
             quickest: None,
@@ -161,11 +166,20 @@ impl Neighbour {
     /// It shows that it is there, or even (`coming`) that a piece is on its way: then that one is
     /// waited for, instead of asking somebody else for it as well.
     pub(super) fn alive(&mut self, now: Moment, coming: bool) {
-        self.stalls = 0;
         self.sign = Some(now);
         if coming {
-            self.coming = now;
+            self.coming = Some(now);
         }
+    }
+
+    /// Whether it was heard of lately.
+    pub(super) fn is_alive(&self, now: Moment) -> bool {
+        self.sign.is_some_and(|at| now.since(at) < SIGN)
+    }
+
+    /// Whether a piece is on its way.
+    pub(super) fn is_coming(&self, now: Moment) -> bool {
+        self.coming.is_some_and(|at| now.since(at) < COMING)
     }
 
     /// Takes one ask back. True if it had been asked for.
@@ -202,19 +216,13 @@ impl Neighbour {
                 FIRST_PATIENCE + Duration::from_millis(u64::from(first.bytes) * 1_000 / FIRST_RATE)
             }
         };
-        Some(self.turn.max(self.coming) + patience)
+        Some(self.turn.max(self.coming.unwrap_or_default()) + patience)
     }
 
     /// Whether the answer that is due takes so long that others should be asked ahead instead.
     pub(super) fn lags(&self, now: Moment) -> bool {
         let usual = self.usual.unwrap_or_default();
         self.waited(now).is_some_and(|waited| waited > LAGS.max(usual * 2))
-    }
-
-    /// How long it has given no sign, while an answer is due.
-    pub(super) fn silent(&self, now: Moment) -> Option<Duration> {
-        let shown = self.sign.is_some_and(|at| now.since(at) < SIGN);
-        self.waited(now).map(|waited| if shown { Duration::ZERO } else { waited })
     }
 
     /// How long the answer that is due has been waited for.

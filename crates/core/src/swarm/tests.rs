@@ -552,6 +552,23 @@ fn a_host_whose_piece_takes_minutes_is_waited_for_as_long_as_it_comes() {
 }
 
 #[test]
+fn a_seed_that_granted_once_and_is_there_has_more_than_it_shows() {
+    let mut w = Watched::new(10);
+    w.swarm.on_host(ms(0), Host(1));
+    w.swarm.on_granted(ms(0), Host(1), &[Piece(3)]);
+    w.listen();
+    w.arrives(ms(10), 1, 3);
+    assert_eq!(w.swarm.waiting(ms(20)), None);
+    for second in 1..60 {
+        let now = ms(second * 1_000);
+        w.swarm.on_alive(now, Host(1), false);
+        w.tick(now);
+    }
+    assert_eq!(w.swarm.waiting(ms(60_000)), Some(Waiting::Queued));
+    assert_eq!(w.swarm.waiting(ms(90_000)), Some(Waiting::Missing(9)));
+}
+
+#[test]
 fn a_host_that_serves_others_first_and_says_so_is_asked_elsewhere_but_not_dropped() {
     let drop = Output::Drop { host: Host(1), why: Why::Silent };
     let mut w = Watched::new(10);
@@ -562,7 +579,13 @@ fn a_host_that_serves_others_first_and_says_so_is_asked_elsewhere_but_not_droppe
             w.swarm.on_alive(now, Host(1), false); // a ping every 5 s
         }
         w.tick(now);
+        let waiting = w.swarm.waiting(now);
+        let asked_just_now = waiting.is_none();
+        assert!(tenth < 60 || asked_just_now || waiting == Some(Waiting::Queued), "{waiting:?}");
     }
     assert!(w.swarm.counts().stalls > 50);
     assert_eq!(w.said(&drop), 0);
+    // Then nothing more is heard of it.
+    (3_000..3_400).for_each(|tenth| w.tick(ms(tenth * 100)));
+    assert_eq!(w.said(&drop), 1);
 }

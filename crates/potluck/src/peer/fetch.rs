@@ -149,6 +149,7 @@ impl Fetch {
             Waiting::Missing(n) => Some(format!("{n} pieces are at no host that is connected")),
             Waiting::AllBusy(_) => Some("all hosts are busy with others".into()),
             Waiting::Silent => Some("the hosts do not answer".into()),
+            Waiting::Queued => Some("the hosts serve others first".into()),
         }
     }
 

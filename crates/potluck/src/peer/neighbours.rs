@@ -318,7 +318,7 @@ impl Engine {
         }
     }
 
-    /// A host owes something and is alive; `coming`: what it owes is on its way.
+    /// A host is alive; `coming`: something large of it is on its way.
     pub(super) fn on_alive(&mut self, id: ConnId, coming: bool) {
         let now = clock::now();
         let Some(conn) = self.conns.get(&id) else { return };

@@ -31,7 +31,7 @@ const TAKE: Duration = Duration::from_secs(30);
 /// … or within this, if it says meanwhile that it is there: where it keeps to a low limit of its own,
 /// there is room in our socket again only after megabytes.
 const SLOW_TAKE: Duration = Duration::from_secs(300);
-/// So often we tell that a machine which owes us something is there and said something.
+/// So often at the most we tell that a machine of which we fetch is there: it said something.
 const ALIVE: Duration = Duration::from_secs(1);
 /// After so long without a word we show that we are alive.
 const PING: Duration = Duration::from_secs(15);
@@ -281,15 +281,6 @@ impl Thread {
         let mut interest = PollFlags::empty();
         interest.set(PollFlags::IN, held.is_none());
         interest.set(PollFlags::OUT, !self.secure.is_flushed() && to_send.is_none());
-        let waits_for = match (
-            self.session.owes() || to_send.is_some() || !self.secure.is_flushed(),
-            self.session.awaits(),
-        ) {
-            (true, true) => &[Work::ToSend, Work::ToReceive][..],
-            (true, false) => &[Work::ToSend],
-            (false, true) => &[Work::ToReceive],
-            (false, false) => &[],
-        };
         let turn = [held, to_send].into_iter().flatten().min();
         let tick = turn.map_or(TICK, |turn| turn.since(clock::now()).min(TICK));
         // Before the connection is up, letters lie until it is: only new ones wake us.
@@ -300,6 +291,7 @@ impl Thread {
         ];
         // A socket of which nothing is wanted would still wake us when the other side hangs up.
         let watched = if interest.is_empty() { 1 } else { 2 };
+        let waits_for = self.waits_for();
         timing::lap(Work::Other);
         let polled = poll(&mut fds[..watched], Some(&timespec(timeout)));
         timing::laps(waits_for);
@@ -314,6 +306,17 @@ impl Thread {
             }),
             Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
             Err(error) => Err(Gone::Lost(error.to_string())),
+        }
+    }
+
+    /// What a wait is for; nothing while it is idle.
+    fn waits_for(&self) -> &'static [Work] {
+        let to_send = !self.secure.is_flushed() || self.up.until().is_some() || self.session.owes();
+        match (to_send, self.session.awaits()) {
+            (true, true) => &[Work::ToSend, Work::ToReceive],
+            (true, false) => &[Work::ToSend],
+            (false, true) => &[Work::ToReceive],
+            (false, false) => &[],
         }
     }
 
@@ -350,7 +353,7 @@ impl Thread {
                 pass.let_in();
             }
         }
-        if self.heard.since(self.alive) >= ALIVE && self.session.owed_for(self.heard) >= ALIVE {
+        if self.heard.since(self.alive) >= ALIVE && self.session.fetches() {
             self.alive = self.heard;
             self.session.report_alive(self.gather.is_amid())?;
         }

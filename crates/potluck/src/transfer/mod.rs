@@ -499,9 +499,9 @@ pub(crate) enum Event {
         /// Verified and written, or not.
         put: Result<Put, PutError>,
     },
-    /// The other side owes us an answer, and said something just now: told once a second at the most.
+    /// We have something open, and the other side said something: told once a second at the most.
     Alive {
-        /// What it said is a part of a large frame, such as a piece that is long in coming.
+        /// It stands amid a frame: a piece that is long in coming, or metadata.
         coming: bool,
     },
     /// The other side wants to fetch from us: to be answered by `Admit` or `Refuse`.

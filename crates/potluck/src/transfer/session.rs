@@ -282,7 +282,12 @@ impl Session {
         since.min().map_or(Duration::ZERO, |since| now.since(since))
     }
 
-    /// The other side has said something, and owes us something more.
+    /// We fetch something of the other side, or want to.
+    pub(super) fn fetches(&self) -> bool {
+        self.ours.values().any(|ours| ours.stage == Stage::Open)
+    }
+
+    /// The other side has said something.
     pub(super) fn report_alive(&mut self, coming: bool) -> Result<(), Gone> {
         self.report(Event::Alive { coming })
     }
