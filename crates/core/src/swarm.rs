@@ -23,7 +23,10 @@ use neighbour::Neighbour;
 /// the quickest answer if that is more. More would bind pieces to hosts too early (see DESIGN.md).
 ///
 /// What comes in is taken at its best of late: asking for less because little comes would make it
-/// less still, and a peer that fell behind once would stay behind.
+/// less still, and a peer that fell behind once would stay behind. Who holds less than its neighbours
+/// do on average asks ahead for as much more as it is behind, up to twice as much: senders divide
+/// their lines evenly among those who ask, so that whose neighbours have many others gets too little,
+/// and could not make up for it at the end, when a line down is no faster than a line up.
 const LEAST_AHEAD_PIECES: u64 = 8;
 /// See [`LEAST_AHEAD_PIECES`].
 const AHEAD: Duration = Duration::from_millis(20);
@@ -171,6 +174,8 @@ pub struct Swarm {
     look_at: Moment,
     look: Backoff,
     endgame_at: Option<Moment>,
+    /// So much is asked for already that nothing new to ask for would be.
+    is_full: bool,
     /// The latest moment we were told of.
     seen: Moment,
     paused: bool,
@@ -212,6 +217,7 @@ impl Swarm {
             look_at: Moment::ZERO,
             look: LOOK,
             endgame_at: None,
+            is_full: false,
             seen: Moment::ZERO,
             paused: false,
             disk_rest: Moment::ZERO,
@@ -243,8 +249,10 @@ impl Swarm {
 
     /// `HaveMore`.
     pub fn on_have_more(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
-        self.learn(host, pieces.iter().copied());
-        self.fill(now);
+        // Most of these are held, or asked of others: nothing follows from that.
+        if self.learn(host, pieces.iter().copied()) && !self.is_full {
+            self.fill(now);
+        }
     }
 
     /// `Lost`.
@@ -413,7 +421,8 @@ impl Swarm {
             let ready = n.busy.max(n.rest).max(lapse).max(self.disk_rest);
             // What lies behind was seen already: the host is ready and waits for room.
             let wakes = ready > self.seen && !n.open.is_empty() && !self.paused;
-            [n.late_at(), wakes.then_some(ready)]
+            let lags = n.lags_at().filter(|at| *at > self.seen);
+            [n.late_at(), lags, wakes.then_some(ready)]
         });
         wakes.chain([announce, self.endgame_at, Some(self.look_at)]).flatten().min()
     }
@@ -527,9 +536,10 @@ impl Swarm {
         assert!(self.asks.is_empty(), "asks that were never said");
     }
 
-    /// These are held by `host`, as it says.
-    fn learn(&mut self, host: Host, pieces: impl Iterator<Item = Piece>) {
-        let Some(n) = self.hosts.get_mut(&host) else { return };
+    /// These are held by `host`, as it says. True if any of them is on offer.
+    fn learn(&mut self, host: Host, pieces: impl Iterator<Item = Piece>) -> bool {
+        let Some(n) = self.hosts.get_mut(&host) else { return false };
+        let before = n.open.count();
         for piece in pieces {
             if n.have.insert(piece) {
                 self.rarity.raise(piece);
@@ -538,6 +548,7 @@ impl Swarm {
                 }
             }
         }
+        n.open.count() > before
     }
 
     /// `piece` is missing and asked of nobody.
@@ -672,6 +683,7 @@ impl Swarm {
     fn fill(&mut self, now: Moment) {
         self.seen = now;
         self.endgame_at = None;
+        self.is_full = false;
         if self.may_ask(now) {
             while let Some(host) = self.freest(now) {
                 let Some(n) = self.hosts.get(&host) else { break };
@@ -701,7 +713,9 @@ impl Swarm {
         let quickest =
             self.hosts.values().filter_map(Neighbour::quickest).min().unwrap_or_default();
         let all = least.max(self.pace.within_at_best(AHEAD + quickest));
-        if asked + u64::from(piece_size) > all {
+        let all = all + self.behind().min(all);
+        self.is_full = asked + u64::from(piece_size) > all;
+        if self.is_full {
             return None;
         }
         let mut best: Option<(u64, Host)> = None;
@@ -734,6 +748,15 @@ impl Swarm {
             }
         }
         best.map(|(_, host)| host)
+    }
+
+    /// How many bytes less are here than the neighbours that are still fetching hold on average.
+    fn behind(&self) -> u64 {
+        let fetching = |n: &&Neighbour| n.grants.is_none() && !n.have.is_full();
+        let held = self.hosts.values().filter(fetching).map(|n| u64::from(n.have.count()));
+        let (hosts, pieces) = held.fold((0, 0), |(hosts, sum), held| (hosts + 1, sum + held));
+        let average = u64::checked_div(pieces, hosts).unwrap_or(0);
+        average.saturating_sub(self.have.count().into()) * u64::from(self.layout.piece_size())
     }
 
     /// Whether nothing is left that anybody could be asked for first.
