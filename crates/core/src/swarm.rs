@@ -702,7 +702,8 @@ impl Swarm {
         }
     }
 
-    /// The host that has most room for an ask, among those that have something on offer.
+    /// The host with room for an ask that would answer it soonest, among those that have something on
+    /// offer. One that never answered yet is tried first.
     fn freest(&mut self, now: Moment) -> Option<Host> {
         let piece_size = self.layout.piece_size();
         let least = LEAST_AHEAD_PIECES * u64::from(piece_size);
@@ -718,7 +719,7 @@ impl Swarm {
         if self.is_full {
             return None;
         }
-        let mut best: Option<(u64, Host)> = None;
+        let mut best: Option<(Duration, Host)> = None;
         let mut ties = 1;
         for (host, n) in &self.hosts {
             if n.open.is_empty() || n.grants.is_some() || !n.is_ready(now) {
@@ -729,22 +730,22 @@ impl Swarm {
             let window = n.window(piece_size).max(part);
             // A wide window is filled in steps, so that asks travel together.
             let step = if self.asks.contains_key(host) { 0 } else { window / 8 };
-            let ahead = n.asked_bytes() + u64::from(piece_size).max(step);
-            if ahead > window {
+            if n.asked_bytes() + u64::from(piece_size).max(step) > window {
                 continue;
             }
-            let fullness = ahead * 1_024 / window;
+            let untried = n.rate() == 0 && n.asked_bytes() == 0;
+            let wait = if untried { Duration::ZERO } else { n.expected_next(piece_size) };
             let better = match best {
                 None => true,
-                Some((least, _)) if fullness == least => {
+                Some((least, _)) if wait == least => {
                     ties += 1;
                     self.dice.below(ties) == 0
                 }
-                Some((least, _)) => fullness < least,
+                Some((least, _)) => wait < least,
             };
             if better {
-                ties = if best.is_some_and(|(f, _)| f == fullness) { ties } else { 1 };
-                best = Some((fullness, *host));
+                ties = if best.is_some_and(|(least, _)| least == wait) { ties } else { 1 };
+                best = Some((wait, *host));
             }
         }
         best.map(|(_, host)| host)
