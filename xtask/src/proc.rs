@@ -100,7 +100,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts `potluck up` or `potluck index`.
+    /// Starts `potluck up` or `potluck index`; again where it ran before.
     pub(crate) fn start(
         potluck: &Path,
         under: &Path,
@@ -109,7 +109,7 @@ impl Machine {
         place: &Place,
     ) -> Result<Self> {
         let home = under.join(name);
-        fs::create_dir(&home)?;
+        fs::create_dir_all(&home)?;
         let mut command = place.command(potluck);
         let listen = SocketAddr::new(place.address, place.port).to_string();
         command.args([verb, "--json", "--leash", "--listen", &listen, "--state"]);

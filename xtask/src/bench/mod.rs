@@ -2,6 +2,7 @@
 //! anything: a tool that is not here is said to be missing.
 
 pub(crate) mod echo;
+mod huge;
 mod index;
 mod share;
 mod transfer;
@@ -51,8 +52,10 @@ enum What {
     Transfer,
     /// Requests that the index answers on one core, against a bare authenticated echo
     Index,
-    /// All three
+    /// All of these three
     All,
+    /// A sparse file: memory and bookkeeping of sharing, restarting, fetching, resuming
+    Huge,
 }
 
 /// What every measurement is given.
@@ -69,7 +72,8 @@ struct Setting {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let potluck = proc::build_potluck()?;
     let size = args.size << 20;
-    let need = 2 * size + SPARE;
+    // What is sparse takes nothing, but has to find room for one copy.
+    let need = if args.what == What::Huge { size } else { 2 * size } + SPARE;
     let dir = match &args.dir {
         Some(dir) => dir.clone(),
         None => Some(PathBuf::from("/dev/shm"))
@@ -80,17 +84,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(has >= need, "{} has {} MiB, {} are needed", dir.display(), has >> 20, need >> 20);
     println!("{}; everything under {}; medians of {} runs\n", machine()?, dir.display(), args.runs);
     let under = tempfile::Builder::new().prefix("potluck-bench-").tempdir_in(&dir)?;
-    for what in [What::Share, What::Transfer, What::Index] {
-        if args.what != What::All && args.what != what {
-            continue;
-        }
+    let whats = match args.what {
+        What::All => vec![What::Share, What::Transfer, What::Index],
+        one => vec![one],
+    };
+    for what in whats {
         let dir = under.path().join(format!("{}", what as u8));
         fs::create_dir(&dir)?;
         let setting = Setting { potluck: potluck.clone(), dir, size, runs: args.runs };
         match what {
             What::Share => share::run(&setting)?,
             What::Transfer => transfer::run(&setting)?,
-            _ => index::run(&setting, args.registrations)?,
+            What::Huge => huge::run(&setting)?,
+            What::Index | What::All => index::run(&setting, args.registrations)?,
         }
         fs::remove_dir_all(&setting.dir)?;
     }
