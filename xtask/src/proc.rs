@@ -103,7 +103,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts `potluck up` or `potluck index`.
+    /// Starts `potluck up` or `potluck index`; again where it ran before.
     pub(crate) fn start(
         potluck: &Path,
         under: &Path,
@@ -171,13 +171,6 @@ impl Machine {
         let peer = Self::start(potluck, under, "up", name, &Place::here())?;
         peer.asks(["join", invite])?;
         Ok(peer)
-    }
-
-    /// Ends a peer as its user would.
-    pub(crate) fn stop(&mut self) -> Result<()> {
-        self.asks(["down"])?;
-        self.child.0.wait()?;
-        Ok(())
     }
 
     /// Ends it without a word.

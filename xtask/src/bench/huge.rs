@@ -1,106 +1,84 @@
-//! Owns the measurement of a huge file: what a peer needs to share it, to begin again, to verify it
-//! and to resume a fetch of it. The file is all hole, so that it takes no room; every byte of it is
-//! read and hashed nevertheless.
+//! Owns the measurement of the bookkeeping of a file of any size: all of it is a hole, so that only
+//! hashing, proofs, bitfields, journals and memory are real. A copy is right if it is a hole as well.
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use potluck::control::{Event, IfExists, Request, Status};
-use potluck::daemon::Client;
+use potluck::control::Event;
 
-use super::{SPARE, Setting, room};
-use crate::proc::{self, Machine, Place};
+use super::Setting;
+use crate::proc::{self, Machine, Place, Running, measure};
 use crate::table::Table;
 
-/// Bytes of the file.
-const SIZE: u64 = 200_000_000_000;
-/// A fetch is stopped when it has so much.
-const SOME: u64 = 1 << 30;
-
 pub(super) fn run(setting: &Setting) -> Result<()> {
-    let (potluck, dir) = (&setting.potluck, &setting.dir);
+    let (potluck, dir, size) = (&setting.potluck, &setting.dir, setting.size);
     let (_index, invite) = Machine::index(potluck, dir, None)?;
     let mut source = Machine::peer(potluck, dir, "source", &invite)?;
-    let file = source.home.join("file");
-    File::create_new(&file)?.set_len(SIZE)?;
-    println!("## Huge: a file of {} GB that is all hole\n", SIZE / 1_000_000_000);
-    let mut table = Table::new(&["", "s", "peak RSS MiB"]);
-    let row = |what: &str, seconds: f64, machine: &Machine| -> Result<[String; 3]> {
-        let rss = proc::memory(machine.pid(), "VmHWM")?;
-        Ok([what.to_owned(), format!("{seconds:.2}"), format!("{rss:.0}")])
+    let mut fetcher = Machine::peer(potluck, dir, "fetcher", &invite)?;
+    let (file, tiny) = (source.home.join("file"), source.home.join("tiny"));
+    let copy = fetcher.home.join("copy");
+    File::create(&file)?.set_len(size)?;
+    fs::write(&tiny, "tiny")?;
+    let mut table = Table::new(&["", "s", "CPU s", "peak RSS, MiB"]);
+    let mut row = |what: &str, seconds: f64, cpu: f64, peer: &Machine| -> Result<()> {
+        let rss = proc::memory(peer.pid(), "VmHWM")?;
+        let seconds = format!("{seconds:.2}");
+        table.row([what.to_owned(), seconds, format!("{cpu:.2}"), format!("{rss:.0}")]);
+        Ok(())
     };
 
-    let began = Instant::now();
-    let shared = source.asks(["share".as_ref(), file.as_os_str()])?;
-    table.row(row("share: hash, proofs, register", began.elapsed().as_secs_f64(), &source)?);
+    let (shared, cost) = measure(&[source.pid()], || source.asks([&"share".into(), &file]))?;
     let Event::Shared { id, .. } = shared else { bail!("share said {shared:?}") };
+    row("share", cost.seconds, cost.cpu[0], &source)?;
+    let Event::Shared { id: tiny, .. } = source.asks([&"share".into(), &tiny])? else {
+        bail!("a tiny file is not shared");
+    };
 
-    source.stop()?;
+    source.kill()?;
     let began = Instant::now();
-    source = source.again(&Place::here())?;
-    while status(&source)?.contents.iter().all(|content| content.state != "sharing") {
-        std::thread::yield_now();
-    }
-    table.row(row(
-        "begin again: process started until it shares",
-        began.elapsed().as_secs_f64(),
-        &source,
-    )?);
+    let source = source.again(&Place::here())?;
+    let to = fetcher.home.join("tiny");
+    fetcher.asks(["get".as_ref(), tiny.as_ref(), "--output".as_ref(), to.as_os_str()])?;
+    row("restart, until it serves", began.elapsed().as_secs_f64(), 0.0, &source)?;
 
-    if room(dir)? < SIZE + SPARE {
-        table.row(["fetch: not measured, there is no room for the copy".to_owned()]);
-    } else {
-        let mut fetcher = Machine::peer(potluck, dir, "fetcher", &invite)?;
-        let (first, _) = fetch_some(&fetcher, &id)?;
-        let what = format!("fetch: until the first of {} MiB are there", SOME >> 20);
-        table.row(row(&what, first, &fetcher)?);
-        fetcher.kill()?;
-        fetcher = fetcher.again(&Place::here())?;
-        let (first, have) = fetch_some(&fetcher, &id)?;
-        ensure!(have > 0, "the fetch began from nothing");
-        table.row(row("resume after SIGKILL: until more is there", first, &fetcher)?);
-    }
-
+    let (had, cost) = measure(&[fetcher.pid()], || get_until(setting, &fetcher, &id, size / 2))?;
+    row("fetch half of it", cost.seconds, cost.cpu[0], &fetcher)?;
+    fetcher.kill()?;
     let began = Instant::now();
-    let verified = source.asks(["verify", &id])?;
-    let Event::Verified { good, .. } = verified else { bail!("verify said {verified:?}") };
-    ensure!(good == [id], "it is not what was shared");
-    table.row(row("verify", began.elapsed().as_secs_f64(), &source)?);
-    println!("{table}");
-    fs::remove_file(file)?;
+    let fetcher = fetcher.again(&Place::here())?;
+    row("resume, until it is up", began.elapsed().as_secs_f64(), 0.0, &fetcher)?;
+    let get = ["get".as_ref(), id.as_ref(), "--output".as_ref(), copy.as_os_str()];
+    let (done, cost) = measure(&[fetcher.pid()], || fetcher.asks(get))?;
+    ensure!(matches!(done, Event::Done { .. }), "get said {done:?}");
+    row("fetch the rest", cost.seconds, cost.cpu[0], &fetcher)?;
+    row("(the source meanwhile)", cost.seconds, 0.0, &source)?;
+
+    let meta = copy.metadata()?;
+    let taken = meta.blocks() * 512;
+    ensure!(meta.len() == size, "the copy has {} bytes", meta.len());
+    ensure!(taken <= size / 1_000, "the copy takes {taken} bytes: it may be anything but a hole");
+    println!("## Huge: a sparse file of {} GiB\n\n{table}", size >> 30);
+    println!("{} MiB were here when the fetcher was killed.\n", had >> 20);
     Ok(())
 }
 
-/// Fetches until there is some more; the seconds to the first of it, and what was there before.
-fn fetch_some(fetcher: &Machine, id: &str) -> Result<(f64, u64)> {
-    let client = Client::connect(&fetcher.socket())?.context("the fetcher does not run")?;
-    let (to, exists) = (fetcher.home.join("copy"), IfExists::Refuse);
-    let began = Instant::now();
-    let (mut first, mut had) = (None, None);
-    let get = Request::Get { what: id.to_owned(), to, exists, timeout_s: 30 };
-    for event in client.request(&get)? {
-        match event? {
-            Event::Fetching { have, .. } => had = Some(have),
-            Event::Progress { done, .. } => {
-                let had = *had.get_or_insert(0);
-                if done > had && first.is_none() {
-                    first = Some(began.elapsed().as_secs_f64());
-                }
-                if let Some(first) = first.filter(|_| done >= had + SOME) {
-                    return Ok((first, had));
-                }
-            }
-            Event::Failed { error, .. } => bail!("{error}"),
-            _ => {}
+/// Fetches until so many bytes are here; how many there were.
+fn get_until(setting: &Setting, fetcher: &Machine, id: &str, enough: u64) -> Result<u64> {
+    let mut get = Command::new(&setting.potluck);
+    get.arg("--json").arg("--state").arg(fetcher.home.join("state")).args(["get", id, "--output"]);
+    get.arg(fetcher.home.join("copy")).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut get = Running(get.spawn().context("cannot run potluck get")?);
+    let lines = BufReader::new(get.0.stdout.take().context("it has no stdout")?).lines();
+    for line in lines {
+        if let Event::Progress { done, .. } = Event::from_line(&line?)?
+            && done >= enough
+        {
+            return Ok(done);
         }
     }
-    bail!("the fetch ended")
-}
-
-fn status(machine: &Machine) -> Result<Status> {
-    match machine.asks(["status"])? {
-        Event::Status(status) => Ok(*status),
-        other => bail!("status said {other:?}"),
-    }
+    bail!("potluck get ended before half of it was here")
 }
