@@ -23,14 +23,14 @@ enum Verb {
     /// Builds the release binary, runs real processes in a temporary folder, checks every result,
     /// and prints tables with medians. Compare only figures of one run.
     Bench(bench::Args),
-    /// The authenticated echo that `bench index` measures against
+    /// The echoes that `bench index` measures against
     #[command(hide = true)]
-    Echo,
+    Echo(bench::echo::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Task::parse().task {
         Verb::Bench(args) => bench::run(&args),
-        Verb::Echo => bench::echo::serve(),
+        Verb::Echo(args) => bench::echo::serve(&args),
     }
 }

@@ -77,6 +77,23 @@ impl Machine {
     ) -> Result<Self> {
         let home = under.join(name);
         fs::create_dir(&home)?;
+        Self::start_in(potluck, home, verb, name, core)
+    }
+
+    /// Kills it, and starts it anew in the folder it left.
+    pub(crate) fn restart(self, verb: &str, name: &str, core: Option<usize>) -> Result<Self> {
+        let Self { potluck, home, child, .. } = self;
+        drop(child);
+        Self::start_in(&potluck, home, verb, name, core)
+    }
+
+    fn start_in(
+        potluck: &Path,
+        home: PathBuf,
+        verb: &str,
+        name: &str,
+        core: Option<usize>,
+    ) -> Result<Self> {
         let mut command = on_core(core, potluck);
         command.args([verb, "--json", "--leash", "--listen", "127.0.0.1:0", "--state"]);
         command.arg(home.join("state"));

@@ -183,7 +183,8 @@ impl fmt::Display for Name {
 impl FromStr for Name {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let name: String = text.nfc().collect();
+        // Plain ASCII is in NFC as it is; most names are.
+        let name: String = if text.is_ascii() { text.into() } else { text.nfc().collect() };
         if name.is_empty() || name.len() > Self::MAX_BYTES {
             return Err(ParseError("a name is 1 to 255 bytes long"));
         }
@@ -196,7 +197,7 @@ impl FromStr for Name {
         if name.trim() != name {
             return Err(ParseError("a name neither begins nor ends with a blank"));
         }
-        if name.parse::<ContentId>().is_ok() {
+        if name.len() >= 64 && name.parse::<ContentId>().is_ok() {
             return Err(ParseError("a name must not look like a content id"));
         }
         if let Some((_, digits)) = name.rsplit_once('@')

@@ -4,6 +4,8 @@
 pub(crate) mod echo;
 mod index;
 mod share;
+mod storm;
+mod tracker;
 mod transfer;
 
 use std::fs::{self, File};
@@ -49,7 +51,7 @@ enum What {
     Share,
     /// One source, one fetcher, against nginx and curl
     Transfer,
-    /// Requests that the index answers on one core, against a bare authenticated echo
+    /// Requests that the index answers on one core, against echoes and a BitTorrent tracker
     Index,
     /// All three
     All,

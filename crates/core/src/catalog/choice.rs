@@ -4,19 +4,25 @@
 //! Two random choices (Mitzenmacher 2001): of two hosts drawn blindly the less strained is taken.
 //! Always taking the least strained would send everybody to the same few.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::dice::Dice;
-use crate::id::MemberNumber;
+use crate::id::{MemberNumber, PeerId};
 use crate::wire::datagram::{Code, Found, Host, Load, Refusal, Search};
 
 use super::{Catalog, Hosting, Slot, refuse};
 
-/// How strained a host is, as far as the index knows; small, since a choice reads many of them.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Standing {
+/// What fetchers are told of a host, and how strained it is as far as the index knows. One cache line:
+/// an answer needs those of all hosts in it.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Card {
+    pub(super) peer: PeerId,
+    /// IPv4 addresses as IPv6 ones.
+    ip: [u8; 16],
+    port: u16,
     /// Thousandths of its capacity in use, as it reported.
-    busy: u32,
+    busy: u16,
     /// Uploads it can run at once.
     slots: u32,
     /// Times it was handed out since that report.
@@ -25,8 +31,18 @@ pub(super) struct Standing {
     loopback: bool,
 }
 
-impl Standing {
-    pub(super) fn of(load: Load, address: SocketAddr) -> Self {
+const _: () = assert!(size_of::<Card>() == 64, "a card is a cache line");
+
+impl Default for Card {
+    /// Nobody's.
+    fn default() -> Self {
+        let nowhere = SocketAddr::from(([0; 4], 0));
+        Self::of(PeerId([0; 32]), nowhere, Load::default())
+    }
+}
+
+impl Card {
+    pub(super) fn of(peer: PeerId, address: SocketAddr, load: Load) -> Self {
         let slots = u32::from(load.uploads) + u32::from(load.free_slots);
         let in_slots = match slots {
             0 => 1_000, // it says that it can serve nobody
@@ -34,14 +50,29 @@ impl Standing {
         };
         let rate = u64::from(load.rate_kib) * 1_000;
         let in_rate = rate.checked_div(u64::from(load.capacity_kib)).unwrap_or(0).min(1_000) as u32;
-        let loopback = address.ip().to_canonical().is_loopback();
-        Self { busy: in_slots.max(in_rate), slots: slots.max(1), handed_out: 0, loopback }
+        let ip = match address.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        };
+        Self {
+            peer,
+            ip: ip.octets(),
+            port: address.port(),
+            busy: in_slots.max(in_rate) as u16,
+            slots: slots.max(1),
+            handed_out: 0,
+            loopback: ip.to_canonical().is_loopback(),
+        }
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        SocketAddr::new(Ipv6Addr::from(self.ip).to_canonical(), self.port)
     }
 
     /// Thousandths of its capacity that are in use once everyone it was handed to has come; more
     /// than 1,000 where that is too many.
     fn strain(&self) -> u64 {
-        u64::from(self.busy) + u64::from(self.handed_out) * 1_000 / u64::from(self.slots.max(1))
+        u64::from(self.busy) + u64::from(self.handed_out) * 1_000 / u64::from(self.slots)
     }
 }
 
@@ -67,16 +98,15 @@ impl Catalog {
         let mut room = Found::room(record.as_ref());
         let mut hosts = Vec::with_capacity(members.len());
         for hosting in members {
-            let standing = &mut self.standings[hosting.member.0 as usize];
-            let load = standing.strain().min(1_000) as u16;
-            let Some(hoster) = self.hosters[hosting.member.0 as usize].as_deref() else { continue };
-            let (peer, address) = (hoster.peer, hoster.address);
-            let host = Host { peer, address, held: hosting.held, load };
+            let card = &mut self.cards[hosting.member.0 as usize];
+            let load = card.strain().min(1_000) as u16;
+            let (peer, address, held) = (card.peer, card.address(), hosting.held);
+            let host = Host { peer, address, held, load };
             if host.wire_len() > room {
                 break;
             }
             room -= host.wire_len();
-            standing.handed_out = standing.handed_out.saturating_add(1);
+            card.handed_out = card.handed_out.saturating_add(1);
             hosts.push(host);
         }
         if hosts.is_empty() {
@@ -111,13 +141,13 @@ impl Catalog {
             let rest = wanted - chosen.len();
             self.draw(slot, complete..all, rest, asker, &mut chosen);
         }
-        chosen.sort_by_key(|h| self.standings[h.member.0 as usize].strain());
+        chosen.sort_by_key(|h| self.cards[h.member.0 as usize].strain());
         chosen.truncate(wanted);
         chosen
     }
 
     fn is_eligible(&self, asker: Asker, host: MemberNumber) -> bool {
-        host != asker.member && (asker.loopback || !self.standings[host.0 as usize].loopback)
+        host != asker.member && (asker.loopback || !self.cards[host.0 as usize].loopback)
     }
 
     /// Draws `count` hosts of a range of a content's hosts, none twice: each the better of two drawn
@@ -132,11 +162,11 @@ impl Catalog {
     ) {
         let hosts = &self.contents[slot as usize].hosts[range];
         let is_fresh = |host: MemberNumber, chosen: &[Hosting]| {
-            let eligible = host != asker.member
-                && (asker.loopback || !self.standings[host.0 as usize].loopback);
+            let eligible =
+                host != asker.member && (asker.loopback || !self.cards[host.0 as usize].loopback);
             eligible && chosen.iter().all(|c| c.member != host)
         };
-        let strain = |h: &Hosting| self.standings[h.member.0 as usize].strain();
+        let strain = |h: &Hosting| self.cards[h.member.0 as usize].strain();
         let dice = &mut self.dice;
         let pick = |dice: &mut Dice, n: usize| dice.below(n as u64) as usize;
         if hosts.len() <= 4 * usize::from(Search::MAX_HOSTS) {

@@ -164,9 +164,8 @@ impl Catalog {
         let mut hosts: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
         for content in &self.contents {
             for hosting in &content.hosts {
-                if let Some(hoster) = self.hoster(hosting.member) {
-                    hosts.entry(content.id).or_default().insert(hoster.peer, hosting.held);
-                }
+                let peer = self.cards[hosting.member.0 as usize].peer;
+                hosts.entry(content.id).or_default().insert(peer, hosting.held);
             }
         }
         hosts

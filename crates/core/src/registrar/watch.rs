@@ -112,7 +112,7 @@ impl Registrar {
             };
             for notice in notices {
                 self.stats.notices += 1;
-                self.send(&watcher.line, b'N', &notice.encode());
+                self.send(&watcher.line, b'N', |out| notice.write(out));
             }
         }
         let behind = all.values().any(|watcher| watcher.looked < sequence);
