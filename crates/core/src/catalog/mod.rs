@@ -153,7 +153,7 @@ pub struct Catalog {
     free: Vec<Slot>,
     /// Contents that are hosted and not the newest version of any name: the first part of the listing.
     nameless: BTreeMap<ContentId, Slot>,
-    by_name: BTreeMap<String, u32>,
+    by_name: BTreeMap<Name, u32>,
     named: Vec<Named>,
     records: usize,
     signed: BTreeMap<PeerId, usize>,
@@ -195,14 +195,23 @@ impl Catalog {
         }
     }
 
-    /// A member tells where it serves and how busy it is. Comes before anything it registers.
-    pub fn report(&mut self, member: MemberNumber, peer: PeerId, address: SocketAddr, load: Load) {
+    /// A member tells where it serves and how busy it is. Comes before anything it registers. Where
+    /// the report was not `due` yet, it is no reason to believe that those sent to it have come and
+    /// gone.
+    pub fn report(
+        &mut self,
+        member: MemberNumber,
+        peer: PeerId,
+        address: SocketAddr,
+        load: Load,
+        due: bool,
+    ) {
         let at = member.0 as usize;
         if self.hosters.len() <= at {
             self.hosters.resize_with(at + 1, || None);
             self.cards.resize(at + 1, Card::default());
         }
-        self.cards[at] = Card::of(peer, address, load);
+        self.cards[at] = self.cards[at].renewed(Card::of(peer, address, load), due);
         self.hosters[at].get_or_insert_default();
     }
 

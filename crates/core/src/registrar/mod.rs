@@ -89,7 +89,7 @@ impl Default for Settings {
             limits: Limits::default(),
             members: 1 << 18,
             invitations: 10_000,
-            watchers: 256,
+            watchers: 1 << 14,
             sessions_a_member: 4,
             requests_a_second: 2_000,
             burst: 4_000,
@@ -216,6 +216,8 @@ struct Seat {
     watch_order: (u64, u64),
     bucket: Bucket,
     heard: Option<Moment>,
+    /// When it last said how busy it is, not counting what came sooner than it had to.
+    reported: Option<Moment>,
     /// Until when what it hosts stays; `None` while it hosts nothing.
     lease: Option<Moment>,
     /// Since the restart it has not said how much it holds of what it does not hold whole: that is
@@ -288,7 +290,7 @@ impl Registrar {
                 Saved::Address(member, address) => {
                     if let Some(known) = roster.member(member).filter(|m| m.removed.is_none()) {
                         let load = Load { free_slots: 1, ..Load::default() };
-                        catalog.report(member, known.peer, address, load);
+                        catalog.report(member, known.peer, address, load, true);
                     }
                 }
                 Saved::Registration(member, id, hosted) => {
@@ -426,6 +428,7 @@ impl Registrar {
     pub fn check(&self) {
         self.catalog.check();
         self.roster.check();
+        self.watchers.check();
         for number in 0..self.seats.len() {
             let member = MemberNumber(number as u32);
             let hosts = self.catalog.hosted_by(member) > 0;
@@ -563,7 +566,13 @@ impl Registrar {
         let hosts = self.catalog.hosted_by(number) > 0;
         if said.port != 0 && (hosts || !said.items.is_empty()) {
             let address = SocketAddr::new(line.from.ip().to_canonical(), said.port);
-            self.catalog.report(number, peer, address, said.load);
+            let heartbeat = Duration::from_secs(self.settings.heartbeat_s.into());
+            let seat = self.seat(number);
+            let due = seat.reported.is_none_or(|at| now.since(at) >= heartbeat / 2);
+            if due {
+                seat.reported = Some(now);
+            }
+            self.catalog.report(number, peer, address, said.load, due);
         }
         if said.round != 0 && (said.round_ends || !said.items.is_empty()) {
             self.catalog.enter_round(number, said.round); // heartbeats may come late, and begin none
