@@ -31,15 +31,15 @@ enum Verb {
     /// every copy and compares the time of the last with the bound that nothing can beat. Needs root;
     /// whatever it makes is gone when it ends, however it ends.
     Lab(Box<lab::Args>),
-    /// The authenticated echo that `bench index` measures against
+    /// The echoes that `bench index` measures against
     #[command(hide = true)]
-    Echo,
+    Echo(bench::echo::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Task::parse().task {
         Verb::Bench(args) => bench::run(&args),
         Verb::Lab(args) => lab::run(&args),
-        Verb::Echo => bench::echo::serve(),
+        Verb::Echo(args) => bench::echo::serve(&args),
     }
 }

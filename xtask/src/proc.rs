@@ -173,17 +173,12 @@ impl Machine {
         Ok(peer)
     }
 
-    /// Ends it without a word.
-    pub(crate) fn kill(&mut self) -> Result<()> {
-        self.child.0.kill()?;
-        self.child.0.wait()?;
-        Ok(())
-    }
-
-    /// Starts a peer that has ended, as it was.
-    pub(crate) fn again(self, place: &Place) -> Result<Self> {
-        let name = self.home.file_name().and_then(OsStr::to_str).context("it has a name")?;
-        Self::start_in(&self.potluck, self.home.clone(), "up", name, place)
+    /// Starts it again, killed if it runs yet, in the folder it left.
+    pub(crate) fn again(self, verb: &str, place: &Place) -> Result<Self> {
+        let Self { potluck, home, child, .. } = self;
+        drop(child);
+        let name = home.file_name().and_then(OsStr::to_str).context("it has a name")?.to_owned();
+        Self::start_in(&potluck, home, verb, &name, place)
     }
 
     /// Where a peer takes requests.

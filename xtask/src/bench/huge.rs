@@ -17,8 +17,8 @@ use crate::table::Table;
 pub(super) fn run(setting: &Setting) -> Result<()> {
     let (potluck, dir, size) = (&setting.potluck, &setting.dir, setting.size);
     let (_index, invite) = Machine::index(potluck, dir, None)?;
-    let mut source = Machine::peer(potluck, dir, "source", &invite)?;
-    let mut fetcher = Machine::peer(potluck, dir, "fetcher", &invite)?;
+    let source = Machine::peer(potluck, dir, "source", &invite)?;
+    let fetcher = Machine::peer(potluck, dir, "fetcher", &invite)?;
     let (file, tiny) = (source.home.join("file"), source.home.join("tiny"));
     let copy = fetcher.home.join("copy");
     File::create(&file)?.set_len(size)?;
@@ -38,18 +38,16 @@ pub(super) fn run(setting: &Setting) -> Result<()> {
         bail!("a tiny file is not shared");
     };
 
-    source.kill()?;
     let began = Instant::now();
-    let source = source.again(&Place::here())?;
+    let source = source.again("up", &Place::here())?;
     let to = fetcher.home.join("tiny");
     fetcher.asks(["get".as_ref(), tiny.as_ref(), "--output".as_ref(), to.as_os_str()])?;
     row("restart, until it serves", began.elapsed().as_secs_f64(), 0.0, &source)?;
 
     let (had, cost) = measure(&[fetcher.pid()], || get_until(setting, &fetcher, &id, size / 2))?;
     row("fetch half of it", cost.seconds, cost.cpu[0], &fetcher)?;
-    fetcher.kill()?;
     let began = Instant::now();
-    let fetcher = fetcher.again(&Place::here())?;
+    let fetcher = fetcher.again("up", &Place::here())?;
     row("resume, until it is up", began.elapsed().as_secs_f64(), 0.0, &fetcher)?;
     let get = ["get".as_ref(), id.as_ref(), "--output".as_ref(), copy.as_os_str()];
     let (done, cost) = measure(&[fetcher.pid()], || fetcher.asks(get))?;

@@ -9,6 +9,8 @@ mod index;
 mod limits;
 mod race;
 mod share;
+mod storm;
+mod tracker;
 mod transfer;
 
 use std::fs::{self, File};
@@ -60,7 +62,7 @@ enum What {
     Disk,
     /// How near transfers stay to a limit
     Limits,
-    /// Requests that the index answers on one core, against a bare authenticated echo
+    /// Requests that the index answers on one core, against echoes and a BitTorrent tracker
     Index,
     /// All of these
     All,

@@ -475,7 +475,7 @@ impl World {
         let octets = (10 << 24 | p).to_be_bytes();
         let (first, load) = (peer.registered.is_empty(), peer.sharing.load());
         if first {
-            self.index.report(member, peer::peer_id(p), (octets, 7_701).into(), load);
+            self.index.report(member, peer::peer_id(p), (octets, 7_701).into(), load, true);
         }
         peer.registered.insert(content);
         let size = self.layouts[content as usize].total();
