@@ -24,22 +24,22 @@ enum Verb {
     ///
     /// Builds the release binary, runs real processes in a temporary folder, checks every result,
     /// and prints tables with medians. Compare only figures of one run.
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Try swarms in a network made for it: hosts with links as slow as is asked for
     ///
     /// One seed and some fetchers, each a real process in a network namespace of its own. It verifies
     /// every copy and compares the time of the last with the bound that nothing can beat. Needs root;
     /// whatever it makes is gone when it ends, however it ends.
-    Lab(lab::Args),
-    /// The authenticated echo that `bench index` measures against
+    Lab(Box<lab::Args>),
+    /// The echoes that `bench index` measures against
     #[command(hide = true)]
-    Echo,
+    Echo(bench::echo::Args),
 }
 
 fn main() -> anyhow::Result<()> {
     match Task::parse().task {
         Verb::Bench(args) => bench::run(&args),
         Verb::Lab(args) => lab::run(&args),
-        Verb::Echo => bench::echo::serve(),
+        Verb::Echo(args) => bench::echo::serve(&args),
     }
 }

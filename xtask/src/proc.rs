@@ -103,7 +103,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Starts `potluck up` or `potluck index`.
+    /// Starts `potluck up` or `potluck index`; again where it ran before.
     pub(crate) fn start(
         potluck: &Path,
         under: &Path,
@@ -113,6 +113,16 @@ impl Machine {
     ) -> Result<Self> {
         let home = under.join(name);
         fs::create_dir(&home)?;
+        Self::start_in(potluck, home, verb, name, place)
+    }
+
+    fn start_in(
+        potluck: &Path,
+        home: PathBuf,
+        verb: &str,
+        name: &str,
+        place: &Place,
+    ) -> Result<Self> {
         let mut command = place.command(potluck);
         let listen = SocketAddr::new(place.address, place.port).to_string();
         command.args([verb, "--json", "--leash", "--listen", &listen, "--state"]);
@@ -161,6 +171,14 @@ impl Machine {
         let peer = Self::start(potluck, under, "up", name, &Place::here())?;
         peer.asks(["join", invite])?;
         Ok(peer)
+    }
+
+    /// Starts it again, killed if it runs yet, in the folder it left.
+    pub(crate) fn again(self, verb: &str, place: &Place) -> Result<Self> {
+        let Self { potluck, home, child, .. } = self;
+        drop(child);
+        let name = home.file_name().and_then(OsStr::to_str).context("it has a name")?.to_owned();
+        Self::start_in(&potluck, home, verb, &name, place)
     }
 
     /// Where a peer takes requests.

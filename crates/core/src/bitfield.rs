@@ -75,18 +75,12 @@ impl Bitfield {
 
     /// The pieces held, in order.
     pub fn iter(&self) -> impl Iterator<Item = Piece> + '_ {
-        self.words.iter().enumerate().flat_map(|(i, word)| {
-            std::iter::successors((*word != 0).then_some(*word), |w| {
-                let rest = w & (w - 1);
-                (rest != 0).then_some(rest)
-            })
-            .map(move |w| Piece(i as u32 * 64 + w.trailing_zeros()))
-        })
+        ones(self.words.iter().copied())
     }
 
     /// The pieces not held, in order.
     pub fn missing(&self) -> impl Iterator<Item = Piece> + '_ {
-        (0..self.len).map(Piece).filter(|p| !self.has(*p))
+        ones(self.words.iter().map(|word| !word)).take_while(|piece| piece.0 < self.len)
     }
 
     /// How much of it is held, in thousandths: 1,000 only if all, 0 only if none.
@@ -122,6 +116,17 @@ impl Bitfield {
         let ones = words.iter().map(|w| w.count_ones()).sum();
         Some(Self { words, len, ones })
     }
+}
+
+/// The bits that are set: a word without any costs one look.
+fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = Piece> {
+    words.zip(0u32..).flat_map(|(word, i)| {
+        std::iter::successors((word != 0).then_some(word), |w| {
+            let rest = w & (w - 1);
+            (rest != 0).then_some(rest)
+        })
+        .map(move |w| Piece(i * 64 + w.trailing_zeros()))
+    })
 }
 
 impl std::fmt::Debug for Bitfield {

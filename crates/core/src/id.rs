@@ -1,8 +1,10 @@
 //! Owns the names of things: a newtype for all that could be mixed up, and how people write them.
 //! Never knows what stands behind an id.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use data_encoding::{BASE32_NOPAD, HEXLOWER};
 use unicode_normalization::UnicodeNormalization;
@@ -162,7 +164,7 @@ impl fmt::Display for Version {
 /// no `/` or `\`, no blank at either end, not `.` or `..`, not of the form of a content id, not
 /// ending in `@` and digits (that is how a version is asked for).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Name(String);
+pub struct Name(Arc<str>); // names are handed on far more often than made
 
 impl Name {
     /// The longest name, in bytes: one length byte on the wire.
@@ -170,6 +172,12 @@ impl Name {
 
     /// The name as text.
     pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for Name {
+    fn borrow(&self) -> &str {
         &self.0
     }
 }
@@ -183,20 +191,22 @@ impl fmt::Display for Name {
 impl FromStr for Name {
     type Err = ParseError;
     fn from_str(text: &str) -> Result<Self, ParseError> {
-        let name: String = text.nfc().collect();
+        // Plain ASCII is in NFC as it is; most names are.
+        let name: Arc<str> =
+            if text.is_ascii() { text.into() } else { text.nfc().collect::<String>().into() };
         if name.is_empty() || name.len() > Self::MAX_BYTES {
             return Err(ParseError("a name is 1 to 255 bytes long"));
         }
         if name.chars().any(is_deceptive) {
             return Err(ParseError("a name holds no control or direction characters"));
         }
-        if name.contains(['/', '\\']) || name == "." || name == ".." {
+        if name.contains(['/', '\\']) || matches!(&*name, "." | "..") {
             return Err(ParseError("a name is no path: it holds no / or \\ and is not . or .."));
         }
-        if name.trim() != name {
+        if name.trim() != &*name {
             return Err(ParseError("a name neither begins nor ends with a blank"));
         }
-        if name.parse::<ContentId>().is_ok() {
+        if name.len() >= 64 && name.parse::<ContentId>().is_ok() {
             return Err(ParseError("a name must not look like a content id"));
         }
         if let Some((_, digits)) = name.rsplit_once('@')

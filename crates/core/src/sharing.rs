@@ -106,6 +106,10 @@ pub struct Sharing {
     open: BTreeSet<u32>,
     lines: BTreeMap<Host, Line>,
     members: BTreeMap<PeerId, Member>,
+    /// Lines that have something to send.
+    active: BTreeSet<Host>,
+    /// Members with something waiting, in the order of their turn.
+    turns: BTreeSet<Turn>,
     /// Bytes waiting in all queues, and being sent on lines that are not stuck.
     waiting: u64,
     sending: u64,
@@ -155,6 +159,9 @@ struct Sending {
     since: Moment,
 }
 
+/// Whose turn it is: the member served least; of these, who came first.
+type Turn = (u64, u64, PeerId);
+
 /// A member, over all its connections.
 #[derive(Default)]
 struct Member {
@@ -187,6 +194,8 @@ impl Sharing {
             open: BTreeSet::new(),
             lines: BTreeMap::new(),
             members: BTreeMap::new(),
+            active: BTreeSet::new(),
+            turns: BTreeSet::new(),
             waiting: 0,
             sending: 0,
             turn: 0,
@@ -370,6 +379,7 @@ impl Sharing {
         let contents: Vec<u32> = self.open.iter().copied().collect();
         contents.into_iter().for_each(|content| self.close(now, host, content));
         if let Some(line) = self.lines.remove(&host) {
+            self.active.remove(&host);
             self.sending -= if line.stuck { 0 } else { line.sending_bytes };
             if let Some(member) = self.members.get_mut(&line.peer) {
                 member.lines -= 1;
@@ -385,7 +395,8 @@ impl Sharing {
     /// Time passed.
     pub fn tick(&mut self, now: Moment) {
         let patience = self.patience();
-        for line in self.lines.values_mut() {
+        for host in &self.active {
+            let Some(line) = self.lines.get_mut(host) else { continue };
             let waited = line.sending.front().map_or(Duration::ZERO, |s| now.since(s.since));
             if waited >= patience && !line.stuck {
                 line.stuck = true;
@@ -412,7 +423,8 @@ impl Sharing {
     /// When [`Sharing::tick`] is due.
     pub fn next_deadline(&self) -> Option<Moment> {
         let patience = self.patience();
-        let unstuck = self.lines.values().filter(|l| !l.stuck);
+        let active = self.active.iter().filter_map(|host| self.lines.get(host));
+        let unstuck = active.filter(|l| !l.stuck);
         let stuck = unstuck.filter_map(|l| l.sending.front()).map(|s| s.since + patience).min();
         [self.tick_at, stuck].into_iter().flatten().min()
     }
@@ -471,6 +483,11 @@ impl Sharing {
             }
         }
         assert_eq!(waiting, self.waiting, "bytes waiting");
+        let waits_for_its_turn = self.members.iter().filter(|(_, m)| m.waiting > 0);
+        let turns: BTreeSet<Turn> = waits_for_its_turn.map(|(peer, m)| m.turn(*peer)).collect();
+        assert_eq!(turns, self.turns, "whose turn it is");
+        let active = self.lines.iter().filter(|(_, l)| !l.sending.is_empty());
+        assert!(active.map(|(host, _)| host).eq(&self.active), "lines that send");
         for (peer, member) in &self.members {
             let (pieces, bytes) = waits.remove(peer).unwrap_or_default();
             assert_eq!((pieces, bytes), (member.waiting, member.waiting_bytes), "of {peer:?}");
@@ -519,13 +536,14 @@ impl Sharing {
 
     /// How many members besides this one have something waiting.
     fn readers_besides(&self, peer: PeerId) -> usize {
-        self.members.iter().filter(|(p, m)| **p != peer && m.waiting > 0).count()
+        self.turns.len() - usize::from(self.members.get(&peer).is_some_and(|m| m.waiting > 0))
     }
 
     /// Turns away the last piece of the member that has most waiting, if that is more than `mine`:
     /// whoever asks for much cannot keep out who asks for little. Granted pieces stay.
     fn make_room(&mut self, mine: u64) -> bool {
-        let greediest = self.members.iter().max_by_key(|(_, m)| m.waiting_bytes);
+        let waiting = self.turns.iter().map(|(.., peer)| (peer, &self.members[peer]));
+        let greediest = waiting.max_by_key(|(peer, m)| (m.waiting_bytes, **peer));
         let Some((peer, member)) = greediest.filter(|(_, m)| m.waiting_bytes > mine) else {
             return false;
         };
@@ -548,6 +566,7 @@ impl Sharing {
         let Some(shared) = self.contents.get_mut(&content) else { return };
         let Some(opener) = shared.openers.get_mut(&host) else { return };
         let Some(member) = self.members.get_mut(&peer) else { return };
+        self.turns.remove(&member.turn(peer));
         let bytes = u64::from(shared.layout.len_of(piece));
         opener.wanted.insert(piece);
         opener.queue.push_back(piece);
@@ -558,6 +577,7 @@ impl Sharing {
         }
         member.waiting += 1;
         member.waiting_bytes += bytes;
+        self.turns.insert(member.turn(peer));
         self.waiting += bytes;
         if !member.rota.contains(&(host, content)) {
             member.rota.push_back((host, content));
@@ -579,10 +599,13 @@ impl Sharing {
         }
         let bytes = u64::from(shared.layout.len_of(piece));
         self.waiting -= bytes;
-        let member = self.lines.get(&host).and_then(|l| self.members.get_mut(&l.peer));
-        if let Some(member) = member {
+        let Some(peer) = self.lines.get(&host).map(|l| l.peer) else { return true };
+        if let Some(member) = self.members.get_mut(&peer) {
             member.waiting -= 1;
             member.waiting_bytes -= bytes;
+            if member.waiting == 0 {
+                self.turns.remove(&member.turn(peer));
+            }
         }
         true
     }
@@ -610,6 +633,9 @@ impl Sharing {
         }
         let Some(line) = self.lines.get_mut(&host) else { return };
         line.sending.retain(|s| s.content != content);
+        if line.sending.is_empty() {
+            self.active.remove(&host);
+        }
         let left: u64 = line.sending.iter().map(|s| u64::from(s.bytes)).sum();
         let freed = std::mem::replace(&mut line.sending_bytes, left) - left;
         self.sending -= if line.stuck { 0 } else { freed };
@@ -635,6 +661,9 @@ impl Sharing {
         let at = line.sending.iter().position(|s| s.content == content && s.piece == piece)?;
         let done = line.sending.remove(at)?;
         line.sending_bytes -= u64::from(done.bytes);
+        if line.sending.is_empty() {
+            self.active.remove(&host);
+        }
         if let Some(next) = line.sending.get_mut(at).filter(|_| at == 0) {
             next.since = now;
         }
@@ -654,7 +683,7 @@ impl Sharing {
         if let Some(line) = self.lines.get_mut(&host).filter(|l| l.sending.is_empty()) {
             line.pace.stop(now);
         }
-        if self.lines.values().all(|l| l.sending.is_empty()) {
+        if self.active.is_empty() {
             self.pace.stop(now);
         }
     }
@@ -711,27 +740,18 @@ impl Sharing {
         }
         let busy = self.waiting > 0
             || !self.meter.is_still()
-            || self.lines.values().any(|l| !l.sending.is_empty())
+            || !self.active.is_empty()
             || self.open.iter().any(|c| self.contents.get(c).is_some_and(Shared::needs_ticks));
         self.tick_at = busy.then(|| self.tick_at.unwrap_or(now + TICK));
     }
 
-    /// Whose turn it is, and which of its channels': the member served least, among those with
-    /// something waiting for a line that has room.
+    /// Whose turn it is, and which of its channels': the first with something waiting for a line that
+    /// has room.
     fn next_served(&self) -> Option<(PeerId, usize)> {
-        let mut best: Option<((u64, u64), PeerId, usize)> = None;
-        for (peer, member) in &self.members {
-            let rank = (member.served, member.came);
-            if member.waiting == 0 || best.is_some_and(|(first, ..)| first < rank) {
-                continue;
-            }
-            let turn =
-                member.rota.iter().position(|(host, content)| self.has_room(*host, *content));
-            if let Some(turn) = turn {
-                best = Some((rank, *peer, turn));
-            }
-        }
-        best.map(|(_, peer, turn)| (peer, turn))
+        self.turns.iter().find_map(|(.., peer)| {
+            let mut rota = self.members[peer].rota.iter();
+            Some((*peer, rota.position(|(host, content)| self.has_room(*host, *content))?))
+        })
     }
 
     /// Whether the next piece of this channel may go to its line.
@@ -763,18 +783,27 @@ impl Sharing {
         if opener.wanted.len() > 1 {
             member.rota.push_back((host, content));
         }
+        self.turns.remove(&member.turn(peer));
         self.turn = member.served;
         member.served += u64::from(bytes);
         self.comings += 1;
         member.came = self.comings;
+        self.turns.insert(member.turn(peer));
         self.unqueue(host, content, piece);
         let Some(line) = self.lines.get_mut(&host) else { return };
+        self.active.insert(host);
         line.sending.push_back(Sending { content, piece, bytes, since: now });
         line.sending_bytes += u64::from(bytes);
         line.pace.start(now);
         self.sending += if line.stuck { 0 } else { u64::from(bytes) };
         self.pace.start(now);
         self.outputs.push_back(Output::Serve { host, content, piece });
+    }
+}
+
+impl Member {
+    const fn turn(&self, peer: PeerId) -> Turn {
+        (self.served, self.came, peer)
     }
 }
 

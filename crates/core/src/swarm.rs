@@ -24,7 +24,10 @@ use neighbour::Neighbour;
 /// the quickest answer if that is more. More would bind pieces to hosts too early (see DESIGN.md).
 ///
 /// What comes in is taken at its best of late: asking for less because little comes would make it
-/// less still, and a peer that fell behind once would stay behind.
+/// less still, and a peer that fell behind once would stay behind. Who holds less than its neighbours
+/// do on average asks ahead for as much more as it is behind, up to twice as much: senders divide
+/// their lines evenly among those who ask, so that whose neighbours have many others gets too little,
+/// and could not make up for it at the end, when a line down is no faster than a line up.
 const LEAST_AHEAD_PIECES: u64 = 8;
 /// See [`LEAST_AHEAD_PIECES`].
 const AHEAD: Duration = Duration::from_millis(20);
@@ -192,6 +195,8 @@ pub struct Swarm {
     look_at: Moment,
     look: Backoff,
     endgame_at: Option<Moment>,
+    /// So much is asked for already that nothing new to ask for would be.
+    is_full: bool,
     /// The latest moment we were told of.
     seen: Moment,
     paused: bool,
@@ -233,6 +238,7 @@ impl Swarm {
             look_at: Moment::ZERO,
             look: LOOK,
             endgame_at: None,
+            is_full: false,
             seen: Moment::ZERO,
             paused: false,
             disk_rest: Moment::ZERO,
@@ -264,8 +270,10 @@ impl Swarm {
 
     /// `HaveMore`.
     pub fn on_have_more(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
-        self.learn(host, pieces.iter().copied());
-        self.fill(now);
+        // Most of these are held, or asked of others: nothing follows from that.
+        if self.learn(host, pieces.iter().copied()) && !self.is_full {
+            self.fill(now);
+        }
     }
 
     /// `Lost`.
@@ -442,7 +450,8 @@ impl Swarm {
             let ready = n.busy.max(n.rest).max(lapse).max(self.disk_rest);
             // What lies behind was seen already: the host is ready and waits for room.
             let wakes = ready > self.seen && !n.open.is_empty() && !self.paused;
-            [n.late_at(), wakes.then_some(ready)]
+            let lags = n.lags_at().filter(|at| *at > self.seen);
+            [n.late_at(), lags, wakes.then_some(ready)]
         });
         wakes.chain([announce, self.endgame_at, Some(self.look_at)]).flatten().min()
     }
@@ -566,9 +575,10 @@ impl Swarm {
         assert!(self.asks.is_empty(), "asks that were never said");
     }
 
-    /// These are held by `host`, as it says.
-    fn learn(&mut self, host: Host, pieces: impl Iterator<Item = Piece>) {
-        let Some(n) = self.hosts.get_mut(&host) else { return };
+    /// These are held by `host`, as it says. True if any of them is on offer.
+    fn learn(&mut self, host: Host, pieces: impl Iterator<Item = Piece>) -> bool {
+        let Some(n) = self.hosts.get_mut(&host) else { return false };
+        let before = n.open.count();
         for piece in pieces {
             if n.have.insert(piece) {
                 self.rarity.raise(piece);
@@ -577,6 +587,7 @@ impl Swarm {
                 }
             }
         }
+        n.open.count() > before
     }
 
     /// `piece` is missing and asked of nobody.
@@ -711,6 +722,7 @@ impl Swarm {
     fn fill(&mut self, now: Moment) {
         self.seen = now;
         self.endgame_at = None;
+        self.is_full = false;
         if self.may_ask(now) {
             while let Some(host) = self.freest(now) {
                 let Some(n) = self.hosts.get(&host) else { break };
@@ -729,7 +741,8 @@ impl Swarm {
         }
     }
 
-    /// The host that has most room for an ask, among those that have something on offer.
+    /// The host with room for an ask that would answer it soonest, among those that have something on
+    /// offer. One that never answered yet is tried first.
     fn freest(&mut self, now: Moment) -> Option<Host> {
         let piece_size = self.layout.piece_size();
         let least = LEAST_AHEAD_PIECES * u64::from(piece_size);
@@ -740,10 +753,12 @@ impl Swarm {
         let quickest =
             self.hosts.values().filter_map(Neighbour::quickest).min().unwrap_or_default();
         let all = least.max(self.pace.within_at_best(AHEAD + quickest));
-        if asked + u64::from(piece_size) > all {
+        let all = all + self.behind().min(all);
+        self.is_full = asked + u64::from(piece_size) > all;
+        if self.is_full {
             return None;
         }
-        let mut best: Option<(u64, Host)> = None;
+        let mut best: Option<(Duration, Host)> = None;
         let mut ties = 1;
         for (host, n) in &self.hosts {
             if n.open.is_empty() || n.grants.is_some() || !n.is_ready(now) {
@@ -754,25 +769,34 @@ impl Swarm {
             let window = n.window(piece_size).max(part);
             // A wide window is filled in steps, so that asks travel together.
             let step = if self.asks.contains_key(host) { 0 } else { window / 8 };
-            let ahead = n.asked_bytes() + u64::from(piece_size).max(step);
-            if ahead > window {
+            if n.asked_bytes() + u64::from(piece_size).max(step) > window {
                 continue;
             }
-            let fullness = ahead * 1_024 / window;
+            let untried = n.rate() == 0 && n.asked_bytes() == 0;
+            let wait = if untried { Duration::ZERO } else { n.expected_next(piece_size) };
             let better = match best {
                 None => true,
-                Some((least, _)) if fullness == least => {
+                Some((least, _)) if wait == least => {
                     ties += 1;
                     self.dice.below(ties) == 0
                 }
-                Some((least, _)) => fullness < least,
+                Some((least, _)) => wait < least,
             };
             if better {
-                ties = if best.is_some_and(|(f, _)| f == fullness) { ties } else { 1 };
-                best = Some((fullness, *host));
+                ties = if best.is_some_and(|(least, _)| least == wait) { ties } else { 1 };
+                best = Some((wait, *host));
             }
         }
         best.map(|(_, host)| host)
+    }
+
+    /// How many bytes less are here than the neighbours that are still fetching hold on average.
+    fn behind(&self) -> u64 {
+        let fetching = |n: &&Neighbour| n.grants.is_none() && !n.have.is_full();
+        let held = self.hosts.values().filter(fetching).map(|n| u64::from(n.have.count()));
+        let (hosts, pieces) = held.fold((0, 0), |(hosts, sum), held| (hosts + 1, sum + held));
+        let average = u64::checked_div(pieces, hosts).unwrap_or(0);
+        average.saturating_sub(self.have.count().into()) * u64::from(self.layout.piece_size())
     }
 
     /// Whether nothing is left that anybody could be asked for first.

@@ -1,39 +1,40 @@
-//! Owns the index process: the UDP socket and the TLS desk around a `Registrar`, and the database in
+//! Owns the index process: the UDP sockets and the TLS desk around a `Registrar`, and the database in
 //! which its memory survives. Never decides who may do what (the registrar does).
 //!
-//! Three kinds of thread: one thinks (it owns the registrar and the UDP socket), one writes (it
-//! commits changes in groups and only then lets answers that depend on them go), and a few serve the
-//! desk, each for one short TLS conversation.
+//! Three kinds of thread: workers answer datagrams, each with a socket of its own; one writes (it
+//! commits changes in groups and only then lets answers that depend on them go); and a few serve the
+//! desk, each for one short TLS conversation. The registrar is one, behind a lock that a worker takes
+//! once for a whole batch of datagrams.
 
-use std::collections::BTreeMap;
+mod datagrams;
+mod disk;
+
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use datagrams::Datagrams;
+use disk::{Write, load, open_database, write_all};
 use potluck_core::id::{NetworkId, ParseError};
-use potluck_core::registrar::{
-    Boot, Caller, Change, Output, Registrar, Settings as Terms, Stats, Table, Ticket,
-};
-use potluck_core::time::WallTime;
+use potluck_core::registrar::{Boot, Outbox, Output, Registrar, Settings as Terms, Stats, Ticket};
+use potluck_core::time::{Moment, WallTime};
 use potluck_core::trust::{Invitation, MachineKey, Role};
-use potluck_core::wire::datagram::MAX_DATAGRAM;
-use potluck_core::wire::desk::{Answer, Ask, DeskCode, DeskRefusal, InviteTerms, Member, Removal};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use potluck_core::wire::desk::{Answer, Ask, InviteTerms, Member, Removal};
+use rustix::event::{EventfdFlags, eventfd};
 use tracing::{error, info, warn};
 
 use crate::clock;
 use crate::control::{Event, Request};
 use crate::daemon::{self, Role as Half};
 use crate::desk;
-use crate::door::timespec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::peer::members::{invited_event, members_event, pick_member, removal};
-use crate::state::{Hold, StateDir, hold};
+use crate::state::{StateDir, hold};
 
 /// The port an index listens on unless told otherwise, UDP and TCP.
 pub const DEFAULT_PORT: u16 = 7700;
@@ -41,8 +42,10 @@ pub const DEFAULT_PORT: u16 = 7700;
 pub(crate) const FIRST_USES: u32 = 50;
 /// How long the first invitation holds.
 pub(crate) const FIRST_VALID: Duration = Duration::from_secs(24 * 3600);
-/// Datagrams taken from the socket before outputs are looked at.
-const BATCH: usize = 64;
+/// Workers that an index has unless told otherwise: one for each core, but no more than this.
+const MOST_WORKERS: usize = 4;
+/// What a worker waits for at most, so that it looks at the clock now and then.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// How long the desk waits for the registrar, and for the disk, before it gives up on an answer.
 const DESK_PATIENCE: Duration = Duration::from_secs(4);
 /// Receive buffer asked of the kernel: a burst of 10,000 heartbeats fits.
@@ -64,6 +67,8 @@ pub struct IndexSettings {
     pub invite_uses: u32,
     /// How long that invitation is valid.
     pub invite_valid: Duration,
+    /// Threads that answer datagrams, each with a socket of its own.
+    pub workers: usize,
 }
 
 impl IndexSettings {
@@ -76,6 +81,7 @@ impl IndexSettings {
             heartbeat_s: 25,
             invite_uses: FIRST_USES,
             invite_valid: FIRST_VALID,
+            workers: std::thread::available_parallelism().map_or(1, usize::from).min(MOST_WORKERS),
         }
     }
 }
@@ -102,23 +108,13 @@ struct Hands {
     network: NetworkId,
     listen: SocketAddr,
     advertise: Vec<String>,
-    orders: Sender<Order>,
+    registrar: Mutex<Registrar>,
+    /// [`Registrar::news`], to be seen without the lock.
+    news: AtomicU64,
+    writes: Sender<Write>,
+    stopping: AtomicBool,
+    /// Wakes a worker that sleeps.
     wake: OwnedFd,
-}
-
-/// What the thinking thread is asked by others.
-enum Order {
-    Desk { caller: Caller, ask: Ask, reply: Sender<Option<Answer>> },
-    Operator { ask: Ask, reply: Sender<Option<Answer>> },
-    Stats { reply: Sender<Stats> },
-    Stop,
-}
-
-/// What the writing thread does, in order.
-enum Write {
-    Change(Change),
-    /// Let this answer go once everything before it is on disk.
-    Answer(Sender<Option<Answer>>, Box<Answer>),
 }
 
 impl Index {
@@ -130,7 +126,7 @@ impl Index {
         let network = key.network();
         let database = open_database(&dir)?;
         let saved = load(&database)?;
-        let (tcp, udp) = bind(settings.listen)?;
+        let (tcp, sockets) = bind(settings.listen, settings.workers.max(1))?;
         let listen = tcp.local_addr().map_err(|e| Error::io("cannot listen", &e))?;
         let advertise = advertised(settings.advertise.as_deref(), listen);
 
@@ -155,29 +151,32 @@ impl Index {
                     ))
                 })?;
 
-        let (orders, inbox) = bounded(1_024);
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|e| Error::io("cannot start the index", &e.into()))?;
-        let hands = Arc::new(Hands { network, listen, advertise, orders, wake });
-
         let (writes, to_write) = unbounded();
+        let hands = Arc::new(Hands {
+            network,
+            listen,
+            advertise,
+            news: registrar.news().into(),
+            registrar: registrar.into(),
+            writes: writes.clone(),
+            stopping: false.into(),
+            wake,
+        });
+        hands.carry_out(&mut hands.think(), None);
+
         let mut threads =
             vec![spawn("index-disk", move || write_all(&database, lock, dir.path(), &to_write))?];
-        let thinker = Thinker {
-            registrar,
-            udp,
-            inbox,
-            hands: hands.clone(),
-            writes,
-            waiting: BTreeMap::new(),
-            next_ticket: 0,
-        };
-        threads.push(spawn("index", move || thinker.run())?);
+        for socket in sockets {
+            let hands = hands.clone();
+            threads.push(spawn("index", move || work(&hands, socket))?);
+        }
         let at_desk = hands.clone();
         let desk = desk::serve(tcp, own_key, move |caller, ask| {
-            let (reply, answer) = bounded(1);
-            at_desk.order(Order::Desk { caller, ask, reply });
-            answer.recv_timeout(DESK_PATIENCE).ok().flatten()
+            at_desk.ask(DESK_PATIENCE, |registrar, ticket| {
+                registrar.on_ask(clock::now(), clock::wall(), caller, ask, ticket);
+            })
         })?;
         info!(%listen, %network, "index serves");
         let (stop, stopping) = bounded(1);
@@ -279,10 +278,8 @@ impl Index {
     }
 
     /// What it has done so far.
-    pub fn stats(&self) -> Result<Stats> {
-        let (reply, stats) = bounded(1);
-        self.hands.order(Order::Stats { reply });
-        stats.recv_timeout(DESK_PATIENCE).map_err(|_| stopped())
+    pub fn stats(&self) -> Stats {
+        self.hands.think().stats()
     }
 
     /// Stops serving and writes what is still to be written.
@@ -292,7 +289,7 @@ impl Index {
         if running.threads.is_empty() {
             return;
         }
-        self.hands.order(Order::Stop);
+        self.hands.stop();
         let _ = self.stop.try_send(());
         for thread in running.threads.into_iter().rev() {
             if thread.join().is_err() {
@@ -352,13 +349,78 @@ impl Hands {
     }
 
     fn operator(&self, ask: Ask) -> Result<Answer> {
-        let (reply, answer) = bounded(1);
-        self.order(Order::Operator { ask, reply });
-        match answer.recv_timeout(DESK_PATIENCE * 3) {
-            Ok(Some(Answer::Refused(refusal))) => Err(desk::refused(&refusal)),
-            Ok(Some(answer)) => Ok(answer),
-            _ => Err(stopped()),
+        let answer = self.ask(3 * DESK_PATIENCE, |registrar, ticket| {
+            registrar.on_operator(clock::now(), clock::wall(), ask, ticket);
+        });
+        match answer {
+            Some(Answer::Refused(refusal)) => Err(desk::refused(&refusal)),
+            Some(answer) => Ok(answer),
+            None => Err(stopped()),
         }
+    }
+
+    /// Asks the registrar, and waits until the answer may go: it may have to be on disk first.
+    fn ask(&self, patience: Duration, ask: impl FnOnce(&mut Registrar, Ticket)) -> Option<Answer> {
+        if self.stopping.load(Ordering::Acquire) {
+            return None;
+        }
+        let (reply, answer) = bounded(1);
+        let mut registrar = self.think();
+        ask(&mut registrar, Ticket(0)); // the only one under this lock
+        self.carry_out(&mut registrar, Some(&reply));
+        drop(registrar);
+        self.wake(); // it may have made something due
+        answer.recv_timeout(patience).ok().flatten()
+    }
+
+    /// The registrar: for as short as possible.
+    fn think(&self) -> MutexGuard<'_, Registrar> {
+        self.registrar.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands on what the registrar wants done, but for datagrams, in its order. `reply` is for who asked
+    /// at the desk under this lock.
+    fn carry_out(&self, registrar: &mut Registrar, reply: Option<&Sender<Option<Answer>>>) {
+        self.news.store(registrar.news(), Ordering::Release);
+        while let Some(output) = registrar.poll_output() {
+            match output {
+                Output::Save(change) => drop(self.writes.send(Write::Change(change))),
+                Output::Answer { answer, durable: true, .. } => {
+                    let Some(reply) = reply else { continue };
+                    drop(self.writes.send(Write::Answer(reply.clone(), Box::new(answer))));
+                }
+                Output::Answer { answer, .. } => {
+                    let _ = reply.map(|reply| reply.try_send(Some(answer)));
+                }
+                Output::Ignore { .. } => {
+                    let _ = reply.map(|reply| reply.try_send(None));
+                }
+                Output::Send { .. } => debug_assert!(false, "workers take what is to be sent"),
+            }
+        }
+    }
+
+    fn wake(&self) {
+        // Writing to an eventfd fails only when its counter is full: then all are awake anyway.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// After a wait: when the next thing is due, which may be otherwise if this was a wake-up.
+    fn woken(&self, due: Option<Moment>) -> Option<Moment> {
+        if self.stopping.load(Ordering::Acquire) {
+            return due; // the others have to be woken as well
+        }
+        let mut counter = [0; 8];
+        match rustix::io::read(&self.wake, &mut counter) {
+            Ok(_) => self.think().next_deadline(),
+            Err(_) => due,
+        }
+    }
+
+    fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.wake();
+        drop(self.writes.send(Write::Stop));
     }
 }
 
@@ -375,247 +437,47 @@ fn stopped() -> Error {
     )
 }
 
-impl Hands {
-    /// Puts an order in and wakes the thinking thread. An order that finds no room is dropped: its
-    /// asker's patience ends by itself.
-    fn order(&self, order: Order) {
-        if self.orders.send_timeout(order, DESK_PATIENCE).is_ok() {
-            // An eventfd write fails only when the counter is full: then the thread is awake anyway.
-            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+/// Takes datagrams, has them answered, and sends the answers, until the index stops. Opening and
+/// sealing, which take most of the time, are done by as many workers as there are side by side; the
+/// registrar is locked for the thinking between, once a batch.
+fn work(hands: &Hands, socket: UdpSocket) {
+    let mut datagrams = Datagrams::new(socket);
+    let mut gate = hands.think().gate();
+    let mut outbox = Outbox::default();
+    let mut due = Some(clock::now());
+    while !hands.stopping.load(Ordering::Acquire) {
+        if gate.news() != hands.news.load(Ordering::Acquire) {
+            hands.think().brief(&mut gate);
         }
-    }
-}
-
-/// The thread that owns the registrar.
-struct Thinker {
-    registrar: Registrar,
-    udp: UdpSocket,
-    inbox: Receiver<Order>,
-    hands: Arc<Hands>,
-    writes: Sender<Write>,
-    /// Who waits at the desk for which ticket.
-    waiting: BTreeMap<u64, Sender<Option<Answer>>>,
-    next_ticket: u64,
-}
-
-impl Thinker {
-    fn run(mut self) {
-        let mut buffer = [0; MAX_DATAGRAM + 1];
-        loop {
-            if !self.take_orders() {
-                return;
+        let now = clock::now();
+        let batch = datagrams.take();
+        let opened: Vec<_> =
+            batch.filter_map(|(from, bytes)| gate.open(now, from, bytes)).collect();
+        if !opened.is_empty() || due.is_none_or(|due| due <= now) {
+            let mut registrar = hands.think();
+            for one in &opened {
+                registrar.on_opened(now, one);
             }
-            for _ in 0..BATCH {
-                match self.udp.recv_from(&mut buffer) {
-                    Ok((len, from)) => {
-                        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-                        self.registrar.on_datagram(
-                            clock::now(),
-                            clock::wall(),
-                            from,
-                            &mut buffer[..len],
-                        );
-                    }
-                    Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => break,
-                    // What the kernel reports here are echoes of datagrams sent: nothing to act on.
-                    Err(_) => continue,
-                }
-            }
-            self.registrar.tick(clock::now(), clock::wall());
-            self.act();
-            self.sleep();
+            registrar.tick(now, clock::wall());
+            registrar.brief(&mut gate);
+            registrar.take_outbox(&mut outbox);
+            hands.carry_out(&mut registrar, None);
+            due = registrar.next_deadline();
         }
-    }
-
-    fn take_orders(&mut self) -> bool {
-        while let Ok(order) = self.inbox.try_recv() {
-            match order {
-                Order::Desk { caller, ask, reply } => {
-                    let ticket = self.ticket(reply);
-                    self.registrar.on_ask(clock::now(), clock::wall(), caller, ask, ticket);
-                }
-                Order::Operator { ask, reply } => {
-                    let ticket = self.ticket(reply);
-                    self.registrar.on_operator(clock::now(), clock::wall(), ask, ticket);
-                }
-                Order::Stats { reply } => {
-                    let _ = reply.try_send(self.registrar.stats());
-                }
-                Order::Stop => {
-                    self.act();
-                    return false;
-                }
-            }
-        }
-        true
-    }
-
-    fn ticket(&mut self, reply: Sender<Option<Answer>>) -> Ticket {
-        self.next_ticket += 1;
-        self.waiting.insert(self.next_ticket, reply);
-        Ticket(self.next_ticket)
-    }
-
-    fn act(&mut self) {
-        while let Some(output) = self.registrar.poll_output() {
-            match output {
-                Output::Send { to, datagram } => {
-                    let to = for_socket(to, &self.udp);
-                    if let Err(e) = self.udp.send_to(&datagram, to)
-                        && e.kind() != std::io::ErrorKind::WouldBlock
-                    {
-                        tracing::debug!(%to, error = %e, "a datagram was not sent");
-                    }
-                }
-                Output::Save(change) => drop(self.writes.send(Write::Change(change))),
-                Output::Answer { ticket, answer, durable } => {
-                    let Some(reply) = self.waiting.remove(&ticket.0) else { continue };
-                    if durable {
-                        drop(self.writes.send(Write::Answer(reply, Box::new(answer))));
-                    } else {
-                        let _ = reply.try_send(Some(answer));
-                    }
-                }
-                Output::Ignore { ticket } => {
-                    if let Some(reply) = self.waiting.remove(&ticket.0) {
-                        let _ = reply.try_send(None);
-                    }
-                }
-            }
-        }
-    }
-
-    fn sleep(&self) {
-        let wait = self
-            .registrar
-            .next_deadline()
-            .map_or(Duration::from_secs(1), |at| at.since(clock::now()))
-            .min(Duration::from_secs(1));
-        let timeout = timespec(wait);
-        let mut fds = [
-            PollFd::new(&self.udp, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.hands.wake.as_fd(), PollFlags::IN),
-        ];
-        let _ = poll(&mut fds, Some(&timeout));
-        let mut counter = [0; 8];
-        let _ = rustix::io::read(&self.hands.wake, &mut counter);
-    }
-}
-
-/// An IPv4 address as an IPv6 socket wants it.
-fn for_socket(to: SocketAddr, socket: &UdpSocket) -> SocketAddr {
-    match (to, socket.local_addr()) {
-        (SocketAddr::V4(v4), Ok(SocketAddr::V6(_))) => {
-            SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port())
-        }
-        _ => to,
-    }
-}
-
-/// The thread that owns the database: commits what has gathered, then lets the answers go.
-fn write_all(database: &Database, _lock: Hold, folder: &Path, writes: &Receiver<Write>) {
-    let mut healthy = true;
-    while let Ok(first) = writes.recv() {
-        let mut changes = Vec::new();
-        let mut answers = Vec::new();
-        for write in std::iter::once(first).chain(writes.try_iter()) {
-            match write {
-                Write::Change(change) => changes.push(change),
-                Write::Answer(reply, answer) => answers.push((reply, answer)),
-            }
-        }
-        let result =
-            if changes.is_empty() && healthy { Ok(()) } else { commit(database, &changes) };
-        match &result {
-            Ok(()) if !healthy => info!("the index's database takes changes again"),
-            Err(e) if healthy => {
-                error!(error = %e, folder = %folder.display(), "the index cannot save its state: it goes on from memory; what changes now is lost at a restart");
-            }
-            _ => {}
-        }
-        healthy = result.is_ok();
-        for (reply, answer) in answers {
-            let answer = if healthy { *answer } else { not_durable() };
-            let _ = reply.try_send(Some(answer));
+        drop(opened);
+        outbox.seal();
+        datagrams.give(&outbox);
+        outbox.clear();
+        if datagrams.taken() == 0 {
+            let wait = due.map_or(LONGEST_WAIT, |at| at.since(clock::now())).min(LONGEST_WAIT);
+            datagrams.wait(hands.wake.as_fd(), wait);
+            due = hands.woken(due);
         }
     }
 }
 
-fn not_durable() -> Answer {
-    Answer::Refused(DeskRefusal {
-        code: DeskCode::NotDurable,
-        text: "the index cannot write its state (is its disk full?); nothing was promised".into(),
-    })
-}
-
-/// One redb table for each of the registrar's, keys and values as it encodes them.
-fn table(of: Table) -> TableDefinition<'static, &'static [u8], &'static [u8]> {
-    TableDefinition::new(of.name())
-}
-
-fn commit(database: &Database, changes: &[Change]) -> Result<(), redb::Error> {
-    let transaction = database.begin_write()?;
-    for change in changes {
-        let mut table = transaction.open_table(table(change.table))?;
-        match &change.value {
-            Some(value) => drop(table.insert(&*change.key, &**value)?),
-            None => drop(table.remove(&*change.key)?),
-        }
-    }
-    Ok(transaction.commit()?)
-}
-
-/// A row of the database: its table, key and value.
-type SavedRow = (Table, Vec<u8>, Vec<u8>);
-
-fn load(database: &Database) -> Result<Vec<SavedRow>> {
-    let mut saved = Vec::new();
-    let mut read = || -> Result<(), redb::Error> {
-        let transaction = database.begin_read()?;
-        for of in Table::ALL {
-            match transaction.open_table(table(of)) {
-                Ok(rows) => {
-                    for row in rows.iter()? {
-                        let (key, value) = row?;
-                        saved.push((of, key.value().to_vec(), value.value().to_vec()));
-                    }
-                }
-                Err(redb::TableError::TableDoesNotExist(_)) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
-    };
-    read().map_err(|e| {
-        Error::new(ErrorKind::Integrity, format!("cannot read the index's database: {e}"))
-    })?;
-    Ok(saved)
-}
-
-fn open_database(dir: &StateDir) -> Result<Database> {
-    let path = dir.path().join("index.redb");
-    match Database::create(&path) {
-        Ok(database) => Ok(database),
-        Err(redb::DatabaseError::Storage(redb::StorageError::Io(e)))
-            if e.kind() != std::io::ErrorKind::InvalidData =>
-        {
-            Err(Error::io(format_args!("cannot open {}", path.display()), &e))
-        }
-        Err(e) => {
-            // The members know almost all of it and register it again: begin anew, keep the old file.
-            let aside = path.with_extension("redb.damaged");
-            warn!(error = %e, kept = %aside.display(), "the index's database is damaged: beginning a new one");
-            std::fs::rename(&path, &aside)
-                .map_err(|e| Error::io(format_args!("cannot move {} aside", path.display()), &e))?;
-            Database::create(&path).map_err(|e| {
-                Error::new(ErrorKind::Other, format!("cannot make {}: {e}", path.display()))
-            })
-        }
-    }
-}
-
-/// TCP and UDP sockets on the same address and port.
-fn bind(listen: Option<SocketAddr>) -> Result<(TcpListener, UdpSocket)> {
+/// A TCP socket and as many UDP sockets as there are workers, on the same address and port.
+fn bind(listen: Option<SocketAddr>, workers: usize) -> Result<(TcpListener, Vec<UdpSocket>)> {
     let choices = match listen {
         Some(address) => vec![address],
         None => vec![
@@ -627,8 +489,8 @@ fn bind(listen: Option<SocketAddr>) -> Result<(TcpListener, UdpSocket)> {
     for address in choices {
         // A free TCP port may be taken on UDP: with port 0 a few tries find one free on both.
         for _ in 0..if address.port() == 0 { 16 } else { 1 } {
-            match bind_both(address) {
-                Ok(pair) => return Ok(pair),
+            match bind_all(address, workers) {
+                Ok(all) => return Ok(all),
                 Err(e) => problem = Some((address, e)),
             }
         }
@@ -638,7 +500,7 @@ fn bind(listen: Option<SocketAddr>) -> Result<(TcpListener, UdpSocket)> {
         .hint("another index may run already; choose another address with --listen ADDR:PORT"))
 }
 
-fn bind_both(address: SocketAddr) -> std::io::Result<(TcpListener, UdpSocket)> {
+fn bind_all(address: SocketAddr, workers: usize) -> std::io::Result<(TcpListener, Vec<UdpSocket>)> {
     use socket2::{Domain, Protocol, Socket, Type};
     let tcp = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     tcp.set_reuse_address(true)?;
@@ -649,15 +511,21 @@ fn bind_both(address: SocketAddr) -> std::io::Result<(TcpListener, UdpSocket)> {
     tcp.listen(1_024)?;
     let tcp: TcpListener = tcp.into();
     let address = SocketAddr::new(address.ip(), tcp.local_addr()?.port());
-    let udp = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-    if address.is_ipv6() {
-        udp.set_only_v6(false)?;
-    }
-    udp.set_recv_buffer_size(SOCKET_BUFFER)?;
-    udp.set_send_buffer_size(SOCKET_BUFFER)?;
-    udp.set_nonblocking(true)?;
-    udp.bind(&address.into())?;
-    Ok((tcp, udp.into()))
+    let bind = |_| {
+        let udp = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+        if address.is_ipv6() {
+            udp.set_only_v6(false)?;
+        }
+        // The kernel spreads senders over the sockets; one sender's datagrams keep to one of them.
+        udp.set_reuse_port(workers > 1)?;
+        udp.set_recv_buffer_size(SOCKET_BUFFER)?;
+        udp.set_send_buffer_size(SOCKET_BUFFER)?;
+        udp.set_nonblocking(true)?;
+        udp.bind(&address.into())?;
+        Ok(udp.into())
+    };
+    let udp = (0..workers).map(bind).collect::<std::io::Result<_>>()?;
+    Ok((tcp, udp))
 }
 
 /// What invitations name: what was asked for, or the address listened on, or (where that is "any")

@@ -1,8 +1,7 @@
 //! Owns the measurement of an index: a real process on one core, its members made up on another.
 //! Requests are sealed beforehand, every reply is opened, and one in a few is read as well.
 
-use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -14,31 +13,30 @@ use potluck_core::seal::{ReplyHead, RequestHead, SessionKeys, open, seal_request
 use potluck_core::time::WallTime;
 use potluck_core::trust::{Invitation, MachineKey, NameRecord};
 use potluck_core::wire::datagram::{
-    Ack, Code, HELD_ALL, ITEMS_ROOM, Item, List, Load, MAX_DATAGRAM, Register, Reply, Request,
-    RowKey, Search, Target, digest_of,
+    Ack, Code, HEAD_BYTES, HELD_ALL, ITEMS_ROOM, Item, List, Load, MAX_DATAGRAM, Register, Reply,
+    Request, RowKey, Search, Target, digest_of,
 };
-use rustix::net::{MMsgHdr, SendAncillaryBuffer, SendFlags, sendmmsg};
 
+use super::storm::{self, Batches, Requests, Storm, Waits};
+use super::tracker::Tracker;
 use super::{Setting, echo};
-use crate::proc::{self, Machine, measure};
+use crate::proc::{self, Machine, Place, measure};
 use crate::table::{Table, median};
 
 /// The index runs on this core …
 const INDEX_CORE: usize = 0;
 /// … and its members on this one.
 const OWN_CORE: usize = 1;
-/// Members: each may ask 2,000 times a second, so that these are never told to slow down.
-const MEMBERS: u32 = 200;
+/// Members.
+const MEMBERS: u32 = 10_000;
 /// Hosts of each content.
-const HOSTS: u32 = 5;
+const HOSTS: u32 = 10;
 /// Contents that have a name: the listing has a row for each content, named or not.
 const NAMED: u32 = 2_000;
 /// Requests of one run: done before the cookies are stale, however busy the machine is.
-const REQUESTS: usize = 200_000;
-/// Requests under way at once: they fit any socket's buffer.
-const WINDOW: usize = 128;
-/// A reply that takes so long is lost.
-const PATIENCE: Duration = Duration::from_millis(200);
+const REQUESTS: usize = 400_000;
+/// Requests at half the rate, to see how long answers take.
+const STEADY: usize = 200_000;
 /// Tries of a request that must not be lost.
 const TRIES: u32 = 20;
 /// Of so many replies one is read to its end, not only opened.
@@ -51,53 +49,93 @@ pub(super) fn run(setting: &Setting, registrations: u32) -> Result<()> {
     }
     let contents = registrations / HOSTS;
     let (index, _) = Machine::index(&setting.potluck, &setting.dir, Some(INDEX_CORE))?;
-    let uses = MEMBERS.to_string();
-    let invited = index.asks(["invite", "--uses", &uses])?;
+    let empty = proc::memory(index.pid(), "VmRSS")?;
+    let invited = index.asks(["invite", "--uses", &MEMBERS.to_string()])?;
     let Event::Invited { invite, .. } = invited else { bail!("invite said {invited:?}") };
     let invitation: Invitation = invite.parse()?;
     let mut crowd = Crowd::join(&invitation)?;
-    let empty = proc::memory(index.pid(), "VmRSS")?;
     crowd.register_all(contents)?;
-    let full = proc::memory(index.pid(), "VmRSS")?;
+    crowd.refresh_cookies()?;
+    let sizes = crowd.reply_sizes(contents)?;
 
-    let (echo, address) = echo::start(INDEX_CORE)?;
-    let mut beside = Crowd::of_echo(address)?;
+    let (echo, address) = echo::start(INDEX_CORE, false, sizes, MEMBERS)?;
+    let mut beside = Crowd::of_echo(address, Real::Echo)?;
+    let (bare, address) = echo::start(INDEX_CORE, true, sizes, MEMBERS)?;
+    let mut bare_beside = Crowd::of_echo(address, Real::Bare)?;
+    let mut tracker = Tracker::start(&setting.dir, INDEX_CORE, contents, HOSTS)?;
     keep_to(Some(OWN_CORE))?;
-    let (mut ours, mut theirs) = (vec![], vec![]);
+    let mut rows = Rows::default();
     for nth in 0..setting.runs {
+        let dice = u64::from(nth);
         crowd.refresh_cookies()?;
-        ours.push(crowd.storm(index.pid(), contents, u64::from(nth))?);
-        theirs.push(beside.storm(echo.pid(), contents, u64::from(nth))?);
+        rows.note("potluck index", crowd.run(index.pid(), contents, dice)?);
+        rows.note("authenticated echo", beside.run(echo.pid(), contents, dice)?);
+        rows.note("bare echo", bare_beside.run(bare.pid(), contents, dice)?);
+        if let Some(tracker) = &mut tracker {
+            rows.note("aquatic_udp (BEP 15 announces)", tracker.run(REQUESTS, STEADY, dice)?);
+        }
     }
     keep_to(None)?;
+    let full = proc::memory(index.pid(), "VmRSS")?;
+    drop((echo, bare, tracker.take()));
+    let (index, back) = measure(&[], || {
+        let place = Place { core: Some(INDEX_CORE), ..Place::here() };
+        index.again("index", &place)
+    })?;
+    let again = proc::memory(index.pid(), "VmRSS")?;
 
     println!(
         "## Index: {MEMBERS} members, {contents} contents with {HOSTS} hosts each, one core\n"
     );
-    println!("60 % heartbeats, 35 % searches, 5 % lists; {REQUESTS} requests a run.\n");
-    let heads = ["", "requests/s", "× echo", "lost", "CPU s a million", "× echo by CPU"];
-    let mut table = Table::new(&[&heads[..], &["generator busy", "others busy"]].concat());
-    let rate = |storms: &[Storm]| median(storms.iter().map(Storm::rate));
-    let cpu = |storms: &[Storm]| median(storms.iter().map(Storm::cpu_a_million));
-    for (name, storms) in [("potluck index", &ours), ("authenticated echo", &theirs)] {
-        let of = |f: fn(&Storm) -> f64| median(storms.iter().map(f));
-        table.row([
-            name.to_owned(),
-            format!("{:.0}", rate(storms)),
-            format!("{:.2}", rate(storms) / rate(&theirs)),
-            format!("{}", storms.iter().map(|storm| storm.lost).sum::<usize>()),
-            format!("{:.2}", cpu(storms)),
-            format!("{:.2}", cpu(&theirs) / cpu(storms)),
-            format!("{:.0} %", of(|storm| 100.0 * storm.cost.own / storm.cost.seconds)),
-            format!("{:.0} %", of(|storm| 100.0 * storm.cost.others)),
-        ]);
+    println!(
+        "60 % heartbeats, 35 % searches, 5 % lists, answered with {sizes:?} bytes; {REQUESTS} requests a run, then {STEADY} at half the rate.\n"
+    );
+    if rows.0.len() < 4 {
+        println!("aquatic_udp is not installed: not measured.\n");
     }
     println!(
-        "{table}\nRSS of the index: {empty:.0} MiB with no registration, {full:.0} MiB with {}: {:.0} bytes each, names and contents included.\n",
+        "{}\nRSS of the index: {empty:.0} MiB when it started, {full:.0} MiB with {MEMBERS} members and {} registrations: {:.0} bytes a registration, all included. Killed, it was ready again after {:.2} s, with {again:.0} MiB.\n",
+        rows.table(),
         contents * HOSTS,
         (full - empty) * 1024.0 * 1024.0 / f64::from(contents * HOSTS),
+        back.seconds,
     );
     Ok(())
+}
+
+/// What was measured of each, by name, the index first.
+#[derive(Default)]
+struct Rows(Vec<(&'static str, Vec<(Storm, Waits)>)>);
+
+impl Rows {
+    fn note(&mut self, name: &'static str, run: (Storm, Waits)) {
+        match self.0.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, runs)) => runs.push(run),
+            None => self.0.push((name, vec![run])),
+        }
+    }
+
+    fn table(&self) -> Table {
+        let heads = ["", "requests/s", "CPU s a million", "index × by CPU", "lost"];
+        let more = ["p50 µs at half load", "p99 µs", "generator busy", "others busy"];
+        let mut table = Table::new(&[&heads[..], &more].concat());
+        let cpu = |runs: &[(Storm, Waits)]| median(runs.iter().map(|run| run.0.cpu_a_million()));
+        for (name, runs) in &self.0 {
+            let of = |f: fn(&(Storm, Waits)) -> f64| median(runs.iter().map(f));
+            table.row([
+                (*name).to_owned(),
+                format!("{:.0}", of(|(storm, _)| storm.rate())),
+                format!("{:.2}", cpu(runs)),
+                format!("{:.2}", cpu(runs) / self.0.first().map_or(f64::NAN, |(_, all)| cpu(all))),
+                format!("{}", runs.iter().map(|(s, w)| s.lost + w.lost).sum::<usize>()),
+                format!("{:.0}", of(|(_, waits)| waits.p50)),
+                format!("{:.0}", of(|(_, waits)| waits.p99)),
+                format!("{:.0} %", of(|(storm, _)| 100.0 * storm.cost.own / storm.cost.seconds)),
+                format!("{:.0} %", of(|(storm, _)| 100.0 * storm.cost.others)),
+            ]);
+        }
+        table
+    }
 }
 
 /// Binds this process's main thread to a core, or sets it free.
@@ -125,41 +163,33 @@ struct Guest {
     digest: u128,
 }
 
+/// Who answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Real {
+    Index,
+    /// Its replies are the requests, sealed anew.
+    Echo,
+    /// Nothing is sealed.
+    Bare,
+}
+
 /// All members, behind one socket.
 struct Crowd {
-    socket: UdpSocket,
+    batches: Batches,
     network: NetworkId,
     guests: Vec<Guest>,
     next_id: u64,
-    /// Whether replies are those of an index: an echo's are the requests.
-    real: bool,
-}
-
-/// One run: as many requests as go, [`WINDOW`] at a time.
-struct Storm {
-    answered: usize,
-    lost: usize,
-    cost: proc::Cost,
-}
-
-impl Storm {
-    fn rate(&self) -> f64 {
-        self.answered as f64 / self.cost.seconds
-    }
-
-    /// CPU seconds of the index for a million requests: says more than the rate where others are
-    /// busy on its core.
-    fn cpu_a_million(&self) -> f64 {
-        self.cost.cpu[0] / self.answered as f64 * 1e6
-    }
+    real: Real,
 }
 
 impl Crowd {
     fn join(invitation: &Invitation) -> Result<Self> {
-        let mut guests = vec![];
+        let keys: Vec<MachineKey> = (0..MEMBERS)
+            .map(|i| MachineKey::from_seed(*blake3::hash(&i.to_be_bytes()).as_bytes()))
+            .collect();
         let mut met = None;
-        for i in 0..MEMBERS {
-            let key = MachineKey::from_seed(*blake3::hash(&i.to_be_bytes()).as_bytes());
+        let mut guests = vec![];
+        for key in keys {
             let (session, index) = testing::session(&key, invitation)?;
             met = Some((index, session.certificate.network));
             guests.push(Guest {
@@ -178,10 +208,10 @@ impl Crowd {
             });
         }
         let (index, network) = met.context("nobody joined")?;
-        Ok(Self { socket: socket(index)?, network, guests, next_id: 0, real: true })
+        Ok(Self { batches: Batches::to(index)?, network, guests, next_id: 0, real: Real::Index })
     }
 
-    fn of_echo(address: SocketAddr) -> Result<Self> {
+    fn of_echo(address: SocketAddr, real: Real) -> Result<Self> {
         let guest = |i: u32| Guest {
             key: MachineKey::from_seed([0; 32]),
             number: MemberNumber(i),
@@ -194,18 +224,21 @@ impl Crowd {
             digest: 0,
         };
         let guests = (0..MEMBERS).map(guest).collect();
-        let network = NetworkId([0; 32]);
-        Ok(Self { socket: socket(address)?, network, guests, next_id: 0, real: false })
+        let (batches, network) = (Batches::to(address)?, NetworkId([0; 32]));
+        Ok(Self { batches, network, guests, next_id: 0, real })
     }
 
     /// Registers every content at [`HOSTS`] members; the first of them publishes its name, if any.
     fn register_all(&mut self, contents: u32) -> Result<()> {
-        for at in 0..self.guests.len() {
+        let mut hosted = vec![vec![]; self.guests.len()];
+        for content in 0..contents {
+            (0..HOSTS).for_each(|nth| hosted[host(content, nth)].push((content, nth == 0)));
+        }
+        for (at, hosted) in hosted.into_iter().enumerate() {
             let mut batch = vec![];
             let mut room = ITEMS_ROOM;
-            for content in 0..contents {
-                let Some(nth) = (0..HOSTS).find(|nth| host(content, *nth) == at) else { continue };
-                let item = self.item(content, nth == 0);
+            for (content, publishes) in hosted {
+                let item = self.item(content, publishes);
                 let guest = &mut self.guests[at];
                 guest.digest = guest.digest.wrapping_add(digest_of(&item));
                 if item.wire_len() > room {
@@ -216,13 +249,28 @@ impl Crowd {
                 batch.push(item);
             }
             self.register(at, batch)?;
-            let kept = self.ask(at, &self.heartbeat(at))?;
+            let (kept, _) = self.ask(at, &self.heartbeat(at))?;
             ensure!(
                 matches!(&kept, Reply::Ack(Ack::Registered(said)) if !said.repeat_all),
                 "the index does not know what was registered: {kept:?}"
             );
         }
         Ok(())
+    }
+
+    /// Bytes that an R, an S and an O are answered with, on average.
+    fn reply_sizes(&mut self, contents: u32) -> Result<[usize; 3]> {
+        const SAMPLES: u32 = 500;
+        let mut sums = [0; 3];
+        for i in 0..SAMPLES {
+            let at = i as usize % self.guests.len();
+            let content = i * (contents / SAMPLES);
+            let asked = [self.heartbeat(at), search(content, i), list(content, contents)];
+            for (sum, request) in sums.iter_mut().zip(&asked) {
+                *sum += self.ask(at, request)?.1;
+            }
+        }
+        Ok(sums.map(|sum| sum / SAMPLES as usize))
     }
 
     fn item(&self, content: u32, publishes: bool) -> Item {
@@ -237,7 +285,7 @@ impl Crowd {
     fn register(&mut self, at: usize, items: Vec<Item>) -> Result<()> {
         let Request::Register(plain) = self.heartbeat(at) else { bail!("a heartbeat is an R") };
         // No digest: items are still on their way.
-        let reply =
+        let (reply, _) =
             self.ask(at, &Request::Register(Register { digest: [0; 16], items, ..plain }))?;
         let Reply::Ack(Ack::Registered(said)) = &reply else { bail!("R was answered {reply:?}") };
         ensure!(said.refused.is_empty(), "an item was refused: {:?}", said.refused);
@@ -246,7 +294,7 @@ impl Crowd {
 
     fn heartbeat(&self, at: usize) -> Request {
         Request::Register(Register {
-            port: 7_000 + at as u16,
+            port: 7_000 + at as u16 % 50_000,
             load: Load { uploads: 1, free_slots: 3, rate_kib: 1_000, capacity_kib: 100_000 },
             digest: self.guests[at].digest.to_le_bytes(),
             round: 0,
@@ -255,13 +303,14 @@ impl Crowd {
         })
     }
 
-    /// Asks until there is an answer, and follows what the index wants on the way.
-    fn ask(&mut self, at: usize, request: &Request) -> Result<Reply> {
+    /// Asks until there is an answer, and follows what the index wants on the way. Says as well how
+    /// many bytes the answer had.
+    fn ask(&mut self, at: usize, request: &Request) -> Result<(Reply, usize)> {
         for _ in 0..TRIES {
             let (id, datagram) = self.seal(at, request);
-            self.socket.send(&datagram)?;
+            self.batches.socket.send(&datagram)?;
             let mut buffer = [0; MAX_DATAGRAM + 1];
-            let Some(len) = receive(&self.socket, &mut buffer)? else { continue };
+            let Some(len) = self.batches.take_one(&mut buffer)? else { continue };
             let (kind, plaintext) = self.open(&mut buffer[..len])?;
             let (answers, reply) = Reply::decode(kind, plaintext)?;
             match reply {
@@ -273,7 +322,7 @@ impl Crowd {
                 Reply::Error(refusal) if refusal.code == Code::TooFast => {
                     std::thread::sleep(Duration::from_secs(1));
                 }
-                reply => return Ok(reply),
+                reply => return Ok((reply, len)),
             }
         }
         bail!("the index does not answer")
@@ -320,43 +369,36 @@ impl Crowd {
         Ok((head.kind, plaintext))
     }
 
-    /// Sends [`REQUESTS`] requests as fast as they are answered.
-    fn storm(&mut self, pid: u32, contents: u32, dice: u64) -> Result<Storm> {
-        let mut answered = vec![false; REQUESTS];
-        let first = self.next_id;
-        let requests = self.prepare(contents, dice);
-        let ((done, lost), cost) = measure(&[pid], || {
-            let mut buffer = [0; MAX_DATAGRAM + 1];
-            let (mut sent, mut done, mut lost) = (0, 0, 0);
-            while done + lost < REQUESTS {
-                // Half a window at a time: fewer calls, and the index never runs dry.
-                if sent - done - lost <= WINDOW / 2 {
-                    let batch = sent..(done + lost + WINDOW).min(REQUESTS);
-                    sent += requests.send(&self.socket, batch)?;
-                }
-                let Some(len) = receive(&self.socket, &mut buffer)? else {
-                    lost = sent - done;
-                    continue;
-                };
-                let nth = self.judge(&mut buffer[..len])?.wrapping_sub(first);
-                // Replies to what was asked before this run come late, if at all.
-                let Some(answered) = answered.get_mut(nth as usize) else { continue };
-                ensure!(!std::mem::replace(answered, true), "a request was answered twice");
-                done += 1;
-                // One that was given up came after all.
-                lost = lost.min(sent - done);
-            }
-            Ok((done, lost))
-        })?;
-        Ok(Storm { answered: done, lost, cost })
+    /// As many requests as are answered, and then half as many.
+    fn run(&mut self, pid: u32, contents: u32, dice: u64) -> Result<(Storm, Waits)> {
+        let (mut first, requests) = self.prepare(REQUESTS, contents, dice);
+        let mut batches = Batches::to(self.batches.socket.peer_addr()?)?;
+        std::mem::swap(&mut batches, &mut self.batches);
+        let storm =
+            storm::storm(pid, &mut batches, &requests, |datagram| self.judge(datagram, first))?;
+        let steady;
+        (first, steady) = self.prepare(STEADY, contents, !dice);
+        let rate = storm.rate() / 2.0;
+        let waits =
+            storm::pace(&mut batches, &steady, rate, |datagram| self.judge(datagram, first))?;
+        self.batches = batches;
+        Ok((storm, waits))
     }
 
-    /// Which request a reply answers. A refusal is a failure: all requests are good.
-    fn judge(&mut self, datagram: &mut [u8]) -> Result<u64> {
+    /// Which request a reply answers, counted from `first`. A refusal is a failure: all requests are
+    /// good.
+    fn judge(&mut self, datagram: &mut [u8], first: u64) -> Result<usize> {
+        let nth = |bytes: &[u8]| -> Result<(u64, usize)> {
+            let id = u64::from_be_bytes(*bytes.first_chunk().context("a reply is too short")?);
+            Ok((id, id.wrapping_sub(first) as usize))
+        };
+        if self.real == Real::Bare {
+            return Ok(nth(&datagram[HEAD_BYTES..])?.1);
+        }
+        let real = self.real == Real::Index;
         let (kind, plaintext) = self.open(datagram)?;
-        let id = plaintext.first_chunk().context("a reply is too short")?;
-        let id = u64::from_be_bytes(*id);
-        if self.real && (kind != b'A' || id % READ_ONE_IN == 0) {
+        let (id, nth) = nth(plaintext)?;
+        if real && (kind != b'A' || id % READ_ONE_IN == 0) {
             match Reply::decode(kind, plaintext)?.1 {
                 Reply::Ack(Ack::Registered(said)) => ensure!(!said.repeat_all, "it forgot"),
                 Reply::Ack(Ack::Found(found)) => ensure!(!found.hosts.is_empty(), "no hosts"),
@@ -364,13 +406,15 @@ impl Crowd {
                 reply => bail!("the index answered {reply:?}"),
             }
         }
-        Ok(id)
+        Ok(nth)
     }
 
-    fn prepare(&mut self, contents: u32, dice: u64) -> Requests {
+    /// Requests to be sent, and the id of the first.
+    fn prepare(&mut self, count: usize, contents: u32, dice: u64) -> (u64, Requests) {
+        let first = self.next_id;
         let mut stream = blake3::Hasher::new().update(&dice.to_be_bytes()).finalize_xof();
-        let mut all = Requests { bytes: vec![], ends: vec![0] };
-        for _ in 0..REQUESTS {
+        let mut all = Requests::default();
+        for _ in 0..count {
             let mut drawn = [0; 12];
             stream.fill(&mut drawn);
             let [a, b, c] = [0, 4, 8]
@@ -379,18 +423,23 @@ impl Crowd {
             let request = match c % 100 {
                 0..60 => self.heartbeat(at),
                 60..95 => search(content, c),
-                _ => Request::List(List {
-                    glob: "*".to_owned(),
-                    after: Some(RowKey { name: name(content), id: content_id(content) })
-                        .filter(|_| content < NAMED.min(contents) - 100),
-                }),
+                _ => list(content, contents),
             };
-            let (_, datagram) = self.seal(at, &request);
-            all.bytes.extend_from_slice(&datagram);
-            all.ends.push(all.bytes.len());
+            let (id, mut datagram) = self.seal(at, &request);
+            if self.real == Real::Bare {
+                datagram[HEAD_BYTES..HEAD_BYTES + 8].copy_from_slice(&id.0.to_be_bytes());
+            }
+            all.push(&datagram);
         }
-        all
+        (first, all)
     }
+}
+
+/// A page of the listing, from somewhere in it.
+fn list(content: u32, contents: u32) -> Request {
+    let after = Some(RowKey { name: name(content), id: content_id(content) });
+    let after = after.filter(|_| content < NAMED.min(contents) - 100);
+    Request::List(List { glob: "*".to_owned(), after })
 }
 
 /// Half of the searches are for an id, half for a name.
@@ -402,7 +451,7 @@ fn search(content: u32, dice: u32) -> Request {
     Request::Search(Search { target, hosts: Search::MAX_HOSTS })
 }
 
-/// The member that is the `nth` host of a content: any five neighbours of two hundred.
+/// The member that is the `nth` host of a content: ten neighbours.
 const fn host(content: u32, nth: u32) -> usize {
     (content.wrapping_mul(37) % MEMBERS + nth) as usize % MEMBERS as usize
 }
@@ -413,45 +462,4 @@ fn content_id(content: u32) -> ContentId {
 
 fn name(content: u32) -> Option<potluck::Name> {
     if content < NAMED { format!("content-{content:05}").parse().ok() } else { None }
-}
-
-/// Sealed requests, one behind the other.
-struct Requests {
-    bytes: Vec<u8>,
-    ends: Vec<usize>,
-}
-
-impl Requests {
-    /// Sends these with one call; how many went.
-    fn send(&self, socket: &UdpSocket, batch: std::ops::Range<usize>) -> Result<usize> {
-        let bytes: Vec<_> = batch
-            .map(|nth| [io::IoSlice::new(&self.bytes[self.ends[nth]..self.ends[nth + 1]])])
-            .collect();
-        let mut control: Vec<_> = bytes.iter().map(|_| SendAncillaryBuffer::default()).collect();
-        let mut messages: Vec<_> =
-            bytes.iter().zip(&mut control).map(|(b, control)| MMsgHdr::new(b, control)).collect();
-        match messages.len() {
-            0 => Ok(0),
-            _ => Ok(sendmmsg(socket, &mut messages, SendFlags::empty())?),
-        }
-    }
-}
-
-fn socket(to: SocketAddr) -> Result<UdpSocket> {
-    let socket = UdpSocket::bind("127.0.0.1:0")?;
-    rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 8 << 20)?;
-    socket.connect(to)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    Ok(socket)
-}
-
-/// The length of a datagram; `None`: none came in time.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> Result<Option<usize>> {
-    match socket.recv(buffer) {
-        Ok(len) => Ok(Some(len)),
-        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-            Ok(None)
-        }
-        Err(e) => Err(e.into()),
-    }
 }

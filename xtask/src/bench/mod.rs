@@ -4,10 +4,13 @@
 mod disk;
 pub(crate) mod echo;
 mod files;
+mod huge;
 mod index;
 mod limits;
 mod race;
 mod share;
+mod storm;
+mod tracker;
 mod transfer;
 
 use std::fs::{self, File};
@@ -59,10 +62,13 @@ enum What {
     Disk,
     /// How near transfers stay to a limit
     Limits,
-    /// Requests that the index answers on one core, against a bare authenticated echo
+    /// Requests that the index answers on one core, against echoes and a BitTorrent tracker
     Index,
     /// All of these
     All,
+    /// A sparse file (--size): bookkeeping and memory of sharing, restarting, fetching, resuming; not
+    /// among all
+    Huge,
 }
 
 /// What every measurement is given.
@@ -79,7 +85,8 @@ struct Setting {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let potluck = proc::build_potluck()?;
     let size = args.size << 20;
-    let need = 2 * size + SPARE;
+    // What is sparse takes nothing, but has to find room for one copy.
+    let need = if args.what == What::Huge { size } else { 2 * size } + SPARE;
     let dir = match &args.dir {
         Some(dir) => dir.clone(),
         None => Some(PathBuf::from("/dev/shm"))
@@ -92,7 +99,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let under = tempfile::Builder::new().prefix("potluck-bench-").tempdir_in(&dir)?;
     for what in What::value_variants() {
         let what = *what;
-        if what == What::All || (args.what != What::All && args.what != what) {
+        let all = args.what == What::All && what != What::Huge;
+        if what == What::All || !(all || args.what == what) {
             continue;
         }
         let dir = under.path().join(format!("{}", what as u8));
@@ -104,6 +112,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             What::Files => files::run(&setting)?,
             What::Disk => disk::run(&setting)?,
             What::Limits => limits::run(&setting)?,
+            What::Huge => huge::run(&setting)?,
             What::Index | What::All => index::run(&setting, args.registrations)?,
         }
         fs::remove_dir_all(&setting.dir)?;

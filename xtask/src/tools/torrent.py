@@ -17,8 +17,10 @@ import libtorrent as lt
 def make(path, torrent, tracker):
     files = lt.file_storage()
     lt.add_files(files, path)
-    # As is usual: 1 MiB from 1 GiB on, else 256 KiB.
-    made = lt.create_torrent(files, (1 << 20) if files.total_size() >= (1 << 30) else (256 << 10))
+    # As is usual: 1 MiB from 1 GiB on, else 256 KiB. The first version of the format: the second pads
+    # every file to a whole piece.
+    size = (1 << 20) if files.total_size() >= (1 << 30) else (256 << 10)
+    made = lt.create_torrent(files, size, flags=lt.create_torrent.v1_only)
     if tracker:
         made.add_tracker(tracker)
     lt.set_piece_hashes(made, os.path.dirname(path))

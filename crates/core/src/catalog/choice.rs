@@ -4,29 +4,45 @@
 //! Two random choices (Mitzenmacher 2001): of two hosts drawn blindly the less strained is taken.
 //! Always taking the least strained would send everybody to the same few.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crate::dice::Dice;
-use crate::id::MemberNumber;
+use crate::id::{MemberNumber, PeerId};
 use crate::wire::datagram::{Code, Found, Host, Load, Refusal, Search};
 
 use super::{Catalog, Hosting, Slot, refuse};
 
-/// How strained a host is, as far as the index knows; small, since a choice reads many of them.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Standing {
+/// What fetchers are told of a host, and how strained it is as far as the index knows. One cache line:
+/// an answer needs those of all hosts in it.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Card {
+    pub(super) peer: PeerId,
+    /// IPv4 addresses as IPv6 ones.
+    ip: [u8; 16],
+    port: u16,
     /// Thousandths of its capacity in use, as it reported.
-    busy: u32,
-    /// Uploads it can run at once.
-    slots: u32,
-    /// Times it was handed out since that report.
+    busy: u16,
+    /// Thousandths of its capacity that one fetcher more takes; of a slow one more than all.
+    cost: u16,
+    /// Fetchers it was handed to since that report, in [`SHARES`] each.
     handed_out: u32,
     /// It serves on a loopback address: of use to the index's own machine only.
     loopback: bool,
 }
 
-impl Standing {
-    pub(super) fn of(load: Load, address: SocketAddr) -> Self {
+const _: () = assert!(size_of::<Card>() == 64, "a card is a cache line");
+
+impl Default for Card {
+    /// Nobody's.
+    fn default() -> Self {
+        let nowhere = SocketAddr::from(([0; 4], 0));
+        Self::of(PeerId([0; 32]), nowhere, Load::default())
+    }
+}
+
+impl Card {
+    pub(super) fn of(peer: PeerId, address: SocketAddr, load: Load) -> Self {
         let slots = u32::from(load.uploads) + u32::from(load.free_slots);
         let in_slots = match slots {
             0 => 1_000, // it says that it can serve nobody
@@ -34,16 +50,55 @@ impl Standing {
         };
         let rate = u64::from(load.rate_kib) * 1_000;
         let in_rate = rate.checked_div(u64::from(load.capacity_kib)).unwrap_or(0).min(1_000) as u32;
-        let loopback = address.ip().to_canonical().is_loopback();
-        Self { busy: in_slots.max(in_rate), slots: slots.max(1), handed_out: 0, loopback }
+        let ip = match address.ip() {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+            IpAddr::V6(ip) => ip,
+        };
+        Self {
+            peer,
+            ip: ip.octets(),
+            port: address.port(),
+            busy: in_slots.max(in_rate) as u16,
+            cost: match load.capacity_kib {
+                0 => 1_000 / slots.clamp(1, 1_000),
+                capacity => FETCH_KIB * 1_000 / capacity,
+            }
+            .clamp(LEAST_COST, u16::MAX.into()) as u16,
+            handed_out: 0,
+            loopback: ip.to_canonical().is_loopback(),
+        }
     }
 
-    /// Thousandths of its capacity that are in use once everyone it was handed to has come; more
-    /// than 1,000 where that is too many.
-    fn strain(&self) -> u64 {
-        u64::from(self.busy) + u64::from(self.handed_out) * 1_000 / u64::from(self.slots.max(1))
+    pub(super) fn address(&self) -> SocketAddr {
+        SocketAddr::new(Ipv6Addr::from(self.ip).to_canonical(), self.port)
+    }
+
+    /// What it is after a new report. Whoever reports all the time is not taken for idle every time.
+    pub(super) fn renewed(&self, report: Self, due: bool) -> Self {
+        Self { handed_out: if due { 0 } else { self.handed_out }, ..report }
+    }
+
+    /// How much of its capacity is in use once everyone it was handed to has come, in [`SHARES`] for
+    /// each thousandth; more than a thousand where that is too many.
+    const fn strain(&self) -> u64 {
+        self.busy as u64 * SHARES as u64 + self.handed_out as u64 * self.cost as u64
+    }
+
+    /// It stands in an answer, at position `nth`: the further back, the less of the fetcher it gets.
+    const fn hand_out(&mut self, nth: usize) {
+        let share = if nth < 3 { SHARES >> (nth + 1) } else { 1 };
+        self.handed_out = self.handed_out.saturating_add(share);
     }
 }
+
+/// A fetcher turns to the first host of its answer most: half of it counts there, a quarter at the
+/// second, an eighth at the third, a sixteenth at each further one.
+const SHARES: u32 = 16;
+/// What a fetcher is taken to draw where it can: about a quarter of a full Gbit/s.
+const FETCH_KIB: u32 = 32 << 10;
+/// The least of its capacity that a fetcher takes of any host, in thousandths, whatever it says of
+/// itself: a host that lies draws no more than a hundred fetchers at a time.
+const LEAST_COST: u32 = 10;
 
 /// Who asks for hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,22 +116,21 @@ impl Catalog {
         let (slot, record) = self.resolve(&search.target)?;
         let record = record.cloned();
         let wanted = usize::from(search.hosts.min(Search::MAX_HOSTS));
-        let members = self.choose(slot, asker, wanted);
+        let chosen = self.choose(slot, asker, wanted);
         let content = &self.contents[slot as usize];
         let (id, size, hosts_in_all) = (content.id, content.size, content.hosts.len() as u32);
         let mut room = Found::room(record.as_ref());
-        let mut hosts = Vec::with_capacity(members.len());
-        for hosting in members {
-            let standing = &mut self.standings[hosting.member.0 as usize];
-            let load = standing.strain().min(1_000) as u16;
-            let Some(hoster) = self.hosters[hosting.member.0 as usize].as_deref() else { continue };
-            let (peer, address) = (hoster.peer, hoster.address);
-            let host = Host { peer, address, held: hosting.held, load };
+        let mut hosts = Vec::with_capacity(chosen.len());
+        for (strain, hosting) in chosen {
+            let card = &mut self.cards[hosting.member.0 as usize];
+            let load = (strain / u64::from(SHARES)).min(1_000) as u16;
+            let (peer, address, held) = (card.peer, card.address(), hosting.held);
+            let host = Host { peer, address, held, load };
             if host.wire_len() > room {
                 break;
             }
             room -= host.wire_len();
-            standing.handed_out = standing.handed_out.saturating_add(1);
+            card.hand_out(hosts.len());
             hosts.push(host);
         }
         if hosts.is_empty() {
@@ -91,13 +145,14 @@ impl Catalog {
         Ok(Found { id, size, record, hosts_in_all, hosts })
     }
 
-    fn choose(&mut self, slot: Slot, asker: Asker, wanted: usize) -> Vec<Hosting> {
+    /// Hosts for one who asks, each with its strain, the least strained first.
+    fn choose(&mut self, slot: Slot, asker: Asker, wanted: usize) -> Vec<(u64, Hosting)> {
         let hosts = &self.contents[slot as usize].hosts;
         let (all, complete) = (hosts.len(), self.contents[slot as usize].complete as usize);
-        let mut chosen = Vec::with_capacity(wanted);
+        let mut chosen = Vec::with_capacity(wanted + 1);
         if all <= wanted + 1 {
-            let eligible = |h: &Hosting| self.is_eligible(asker, h.member);
-            chosen.extend(hosts.iter().copied().filter(eligible));
+            let eligible = hosts.iter().filter(|h| self.is_eligible(asker, h.member));
+            chosen.extend(eligible.map(|h| (self.strain(h), *h)));
         } else {
             let partial = all - complete;
             // Both kinds by their share of the hosts, but at least a quarter of each: a swarm in
@@ -111,13 +166,17 @@ impl Catalog {
             let rest = wanted - chosen.len();
             self.draw(slot, complete..all, rest, asker, &mut chosen);
         }
-        chosen.sort_by_key(|h| self.standings[h.member.0 as usize].strain());
+        chosen.sort_by_key(|(strain, _)| *strain);
         chosen.truncate(wanted);
         chosen
     }
 
+    fn strain(&self, host: &Hosting) -> u64 {
+        self.cards[host.member.0 as usize].strain()
+    }
+
     fn is_eligible(&self, asker: Asker, host: MemberNumber) -> bool {
-        host != asker.member && (asker.loopback || !self.standings[host.0 as usize].loopback)
+        host != asker.member && (asker.loopback || !self.cards[host.0 as usize].loopback)
     }
 
     /// Draws `count` hosts of a range of a content's hosts, none twice: each the better of two drawn
@@ -128,23 +187,24 @@ impl Catalog {
         range: std::ops::Range<usize>,
         count: usize,
         asker: Asker,
-        chosen: &mut Vec<Hosting>,
+        chosen: &mut Vec<(u64, Hosting)>,
     ) {
         let hosts = &self.contents[slot as usize].hosts[range];
-        let is_fresh = |host: MemberNumber, chosen: &[Hosting]| {
-            let eligible = host != asker.member
-                && (asker.loopback || !self.standings[host.0 as usize].loopback);
-            eligible && chosen.iter().all(|c| c.member != host)
+        let cards = &self.cards;
+        let is_fresh = |host: MemberNumber, chosen: &[(u64, Hosting)]| {
+            let eligible =
+                host != asker.member && (asker.loopback || !cards[host.0 as usize].loopback);
+            eligible && chosen.iter().all(|(_, c)| c.member != host)
         };
-        let strain = |h: &Hosting| self.standings[h.member.0 as usize].strain();
+        let weighed = |h: &Hosting| (cards[h.member.0 as usize].strain(), *h);
         let dice = &mut self.dice;
         let pick = |dice: &mut Dice, n: usize| dice.below(n as u64) as usize;
         if hosts.len() <= 4 * usize::from(Search::MAX_HOSTS) {
             let fresh = hosts.iter().filter(|h| is_fresh(h.member, chosen));
-            let mut left: Vec<Hosting> = fresh.copied().collect();
+            let mut left: Vec<(u64, Hosting)> = fresh.map(weighed).collect();
             for _ in 0..count.min(left.len()) {
                 let (a, b) = (pick(dice, left.len()), pick(dice, left.len()));
-                let better = if strain(&left[a]) <= strain(&left[b]) { a } else { b };
+                let better = if left[a].0 <= left[b].0 { a } else { b };
                 chosen.push(left.swap_remove(better));
             }
             return;
@@ -154,8 +214,9 @@ impl Catalog {
         let enough = chosen.len() + count;
         for _ in 0..4 * count {
             let (a, b) = (hosts[pick(dice, hosts.len())], hosts[pick(dice, hosts.len())]);
-            let better = if strain(&a) <= strain(&b) { a } else { b };
-            if is_fresh(better.member, chosen) {
+            let (a, b) = (weighed(&a), weighed(&b));
+            let better = if a.0 <= b.0 { a } else { b };
+            if is_fresh(better.1.member, chosen) {
                 chosen.push(better);
             }
             if chosen.len() == enough {

@@ -137,8 +137,9 @@ impl Catalog {
             _ => Bound::Included(prefix),
         };
         let names = self.by_name.range::<str, _>((start, Bound::Unbounded));
-        names.take_while(|(name, _)| name.starts_with(prefix)).all(|(name, at)| {
+        names.take_while(|(name, _)| name.as_str().starts_with(prefix)).all(|(name, at)| {
             filling.looked_at += 1;
+            let name = name.as_str();
             let Some(newest) = self.named[*at as usize].newest() else { return true };
             let slot = self.by_id[&newest.id];
             self.contents[slot as usize].hosts.is_empty()
@@ -164,9 +165,8 @@ impl Catalog {
         let mut hosts: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
         for content in &self.contents {
             for hosting in &content.hosts {
-                if let Some(hoster) = self.hoster(hosting.member) {
-                    hosts.entry(content.id).or_default().insert(hoster.peer, hosting.held);
-                }
+                let peer = self.cards[hosting.member.0 as usize].peer;
+                hosts.entry(content.id).or_default().insert(peer, hosting.held);
             }
         }
         hosts

@@ -21,7 +21,7 @@ use crate::trust::NameRecord;
 use crate::wire::datagram::{Code, HELD_ALL, Item, Load, Refusal, digest_part};
 
 pub use choice::Asker;
-use choice::Standing;
+use choice::Card;
 use listing::Changes;
 pub use listing::{Pattern, Scan};
 use names::Named;
@@ -130,9 +130,8 @@ struct Hosting {
 }
 
 /// A member that hosts, or lately did.
+#[derive(Default)]
 struct Hoster {
-    peer: PeerId,
-    address: SocketAddr,
     /// What it hosts, and where in each content's `hosts` it stands.
     holds: BTreeMap<Slot, u32>,
     /// The version of a name that came with a registration, where one did.
@@ -154,14 +153,14 @@ pub struct Catalog {
     free: Vec<Slot>,
     /// Contents that are hosted and not the newest version of any name: the first part of the listing.
     nameless: BTreeMap<ContentId, Slot>,
-    by_name: BTreeMap<String, u32>,
+    by_name: BTreeMap<Name, u32>,
     named: Vec<Named>,
     records: usize,
     signed: BTreeMap<PeerId, usize>,
     /// By member number.
     hosters: Vec<Option<Box<Hoster>>>,
-    /// By member number; apart from `hosters` since choosing among many hosts reads only this.
-    standings: Vec<Standing>,
+    /// By member number; apart from `hosters` since searches read only this, of many hosts.
+    cards: Vec<Card>,
     /// Contents with a host, members with a content, pairs of both.
     hosted: usize,
     hosting: usize,
@@ -186,7 +185,7 @@ impl Catalog {
             records: 0,
             signed: BTreeMap::new(),
             hosters: Vec::new(),
-            standings: Vec::new(),
+            cards: Vec::new(),
             hosted: 0,
             hosting: 0,
             registrations: 0,
@@ -196,28 +195,24 @@ impl Catalog {
         }
     }
 
-    /// A member tells where it serves and how busy it is. Comes before anything it registers.
-    pub fn report(&mut self, member: MemberNumber, peer: PeerId, address: SocketAddr, load: Load) {
+    /// A member tells where it serves and how busy it is. Comes before anything it registers. Where
+    /// the report was not `due` yet, it is no reason to believe that those sent to it have come and
+    /// gone.
+    pub fn report(
+        &mut self,
+        member: MemberNumber,
+        peer: PeerId,
+        address: SocketAddr,
+        load: Load,
+        due: bool,
+    ) {
         let at = member.0 as usize;
         if self.hosters.len() <= at {
             self.hosters.resize_with(at + 1, || None);
-            self.standings.resize_with(at + 1, Standing::default);
+            self.cards.resize(at + 1, Card::default());
         }
-        self.standings[at] = Standing::of(load, address);
-        match &mut self.hosters[at] {
-            Some(hoster) => hoster.address = address,
-            empty => {
-                *empty = Some(Box::new(Hoster {
-                    peer,
-                    address,
-                    holds: BTreeMap::new(),
-                    named: BTreeMap::new(),
-                    digest: 0,
-                    round: None,
-                    stamp: 0,
-                }));
-            }
-        }
+        self.cards[at] = self.cards[at].renewed(Card::of(peer, address, load), due);
+        self.hosters[at].get_or_insert_default();
     }
 
     /// A member hosts `item`. Its record is judged by `genuine` only where it is not known already.
@@ -395,7 +390,7 @@ impl Catalog {
 
     /// Where `member` serves, as it last told.
     pub fn address_of(&self, member: MemberNumber) -> Option<SocketAddr> {
-        self.hoster(member).map(|hoster| hoster.address)
+        self.hoster(member).map(|_| self.cards[member.0 as usize].address())
     }
 
     /// Whether `id` has a host or a name.

@@ -96,7 +96,7 @@ impl Catalog {
             Some(at) => *at,
             None => {
                 let at = self.named.len() as u32;
-                self.by_name.insert(record.name.as_str().to_owned(), at);
+                self.by_name.insert(record.name.clone(), at);
                 let (name, owner) = (record.name.clone(), record.publisher);
                 self.named.push(Named { name, owner, versions: BTreeMap::new() });
                 at

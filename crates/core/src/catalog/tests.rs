@@ -34,7 +34,7 @@ fn catalog(limits: Limits, members: u32) -> Catalog {
     let mut catalog = Catalog::new(limits, 1_000, 5);
     for member in 1..=members {
         let address = format!("10.0.{}.{}:70", member / 250, member % 250).parse().unwrap();
-        catalog.report(MemberNumber(member), peer(member), address, ROOMY);
+        catalog.report(MemberNumber(member), peer(member), address, ROOMY, true);
     }
     catalog
 }
@@ -161,7 +161,7 @@ fn apply(catalog: &mut Catalog, naive: &mut Naive, op: &Op, round: u32) {
             catalog.evict(MemberNumber(*member));
             naive.drop_hosts(*member, |_| true);
             let address = "10.9.9.9:9".parse().unwrap();
-            catalog.report(MemberNumber(*member), peer(*member), address, ROOMY);
+            catalog.report(MemberNumber(*member), peer(*member), address, ROOMY, true);
         }
         Op::Round(member, named) => {
             catalog.enter_round(MemberNumber(*member), round);
@@ -425,7 +425,13 @@ fn searches_spread_over_the_hosts_and_lean_towards_those_with_room() {
     }
     let busy = Load { uploads: 9, free_slots: 1, ..Load::default() };
     for member in 1..=10 {
-        catalog.report(MemberNumber(member), peer(member), "10.1.1.1:1".parse().unwrap(), busy);
+        catalog.report(
+            MemberNumber(member),
+            peer(member),
+            "10.1.1.1:1".parse().unwrap(),
+            busy,
+            true,
+        );
     }
     let mut handed: BTreeMap<PeerId, u32> = BTreeMap::new();
     for _ in 0..50 {
@@ -485,7 +491,7 @@ fn answers_mix_complete_hosts_and_partial_ones() {
 #[test]
 fn hosts_on_loopback_are_handed_to_their_own_machine_only() {
     let mut catalog = catalog(Limits::default(), 4);
-    catalog.report(MemberNumber(1), peer(1), "127.0.0.1:7".parse().unwrap(), ROOMY);
+    catalog.report(MemberNumber(1), peer(1), "127.0.0.1:7".parse().unwrap(), ROOMY, true);
     take(&mut catalog, 1, &item(1, 1_000, None)).unwrap();
     let refusal = catalog.search(asker(4), &search(Target::Id(id(1)), 9)).unwrap_err();
     assert_eq!(refusal.code, Code::NoHosts);
@@ -504,7 +510,7 @@ fn a_content_with_a_hundred_thousand_hosts_is_searched_joined_and_left_like_any(
         let mut key = [0; 32];
         key[..4].copy_from_slice(&member.to_be_bytes());
         let address = SocketAddr::from(([10, 1, 0, 1], 1 + (member % 60_000) as u16));
-        catalog.report(MemberNumber(member), PeerId(key), address, ROOMY);
+        catalog.report(MemberNumber(member), PeerId(key), address, ROOMY, true);
         let held = if member % 10 == 0 { 1_000 } else { 500 };
         take(&mut catalog, member, &item(1, held, None)).unwrap();
     }
@@ -592,4 +598,76 @@ fn what_the_journal_kept_brings_everything_back() {
         assert_eq!(second.digest(MemberNumber(member)), first.digest(MemberNumber(member)));
     }
     assert_eq!(second.poll_journal(), None, "what was restored is not saved again");
+}
+
+/// A thousand fetchers ask within a second for one content. How much more than the mean, by its
+/// capacity, the busiest host is given; `turn_to` says which hosts a fetcher draws from, equally.
+fn flash_crowd(capacities: &[u32], mut turn_to: impl FnMut(usize) -> Vec<usize>) -> f64 {
+    let mut load = vec![0.0; capacities.len()];
+    for nth in 0..FETCHERS {
+        let hosts = turn_to(nth);
+        hosts.iter().for_each(|host| load[*host] += 1.0 / hosts.len() as f64);
+    }
+    let mean = FETCHERS as f64 / capacities.iter().map(|c| f64::from(*c)).sum::<f64>();
+    let by_capacity = load.iter().zip(capacities).map(|(load, c)| load / f64::from(*c));
+    by_capacity.fold(0.0, f64::max) / mean
+}
+
+const FETCHERS: usize = 1_000;
+
+/// A catalog with one content at hosts of these capacities in KiB/s, and what each says of itself.
+fn crowded(capacities: &[u32], says: impl Fn(usize, u32) -> Load) -> Catalog {
+    let mut catalog = Catalog::new(Limits::default(), 0, 5);
+    for (nth, capacity) in capacities.iter().enumerate() {
+        let (number, address) = (nth as u32 + 1, "10.1.1.1:1".parse().unwrap());
+        catalog.report(MemberNumber(number), peer(number), address, says(nth, *capacity), true);
+        take(&mut catalog, number, &item(1, 1_000, None)).unwrap();
+    }
+    catalog
+}
+
+/// The positions of the first hosts that the catalog tells one who asks.
+fn told(catalog: &mut Catalog, first: usize) -> Vec<usize> {
+    let found = catalog.search(asker(100_000), &search(Target::Id(id(1)), 20)).unwrap();
+    found.hosts.iter().map(|host| usize::from(host.peer.0[0]) - 1).take(first).collect()
+}
+
+fn honest(capacity_kib: u32) -> Load {
+    Load { uploads: 0, free_slots: 8, rate_kib: 0, capacity_kib }
+}
+
+#[test]
+fn a_flash_crowd_is_spread_over_hosts_by_what_they_can_carry() {
+    let fifty: Vec<u32> = (0..50).map(|n| if n % 2 == 0 { 100_000 } else { 10_000 }).collect();
+    let three = vec![100_000, 100_000, 10_000];
+    for (capacities, draws_from) in [(&fifty, 1), (&fifty, 4), (&three, 1)] {
+        let mut catalog = crowded(capacities, |_, capacity| honest(capacity));
+        let ours = flash_crowd(capacities, |_| told(&mut catalog, draws_from));
+        let (n, mut dice) = (capacities.len(), crate::dice::Dice(1));
+        let any = |_| (0..draws_from).map(|_| dice.below(n as u64) as usize).collect();
+        let random = flash_crowd(capacities, any);
+        let in_turn = |nth| (0..draws_from).map(|i| (nth + i) % n).collect();
+        let turns = flash_crowd(capacities, in_turn);
+        println!("{n} hosts, {draws_from} each: {ours:.2}, random {random:.2}, in turn {turns:.2}");
+        assert!(ours <= 1.25 && ours < random && ours < turns, "{ours} {random} {turns}");
+    }
+}
+
+#[test]
+fn a_host_that_lies_about_its_load_draws_a_bounded_share() {
+    // One of fifty claims to be idle and as fast as a number can say, and says so all the time.
+    let capacities = vec![10_000; 50];
+    let liar = Load { uploads: 0, free_slots: u16::MAX, rate_kib: 0, capacity_kib: u32::MAX };
+    let mut catalog = crowded(&capacities, |nth, c| if nth == 0 { liar } else { honest(c) });
+    let mut drawn = vec![0; capacities.len()];
+    for _ in 0..FETCHERS {
+        let address = "10.1.1.1:1".parse().unwrap();
+        catalog.report(MemberNumber(1), peer(1), address, liar, false);
+        told(&mut catalog, 4).iter().for_each(|host| drawn[*host] += 1);
+    }
+    let all: i32 = drawn.iter().sum();
+    println!("the liar drew {} of {all}", drawn[0]);
+    assert!(drawn[0] * 5 < all, "it drew {} of {all}", drawn[0]);
+    let rest = &drawn[1..];
+    assert!(*rest.iter().max().unwrap() < 2 * rest.iter().min().unwrap(), "{rest:?}");
 }

@@ -110,6 +110,7 @@ impl Registrar {
             Joined::Ignored => None,
             Joined::Refused(refusal) => Some(Answer::Refused(refusal)),
             Joined::Welcome(number) => {
+                self.news += 1;
                 let certificate = self.certify(number, None, wall)?;
                 Some(Answer::Welcome(Box::new(certificate)))
             }
@@ -171,6 +172,7 @@ impl Registrar {
                 let mut changes = vec![];
                 let number = self.roster.take_back(shown, wall, &mut changes);
                 self.save(changes);
+                self.news += 1;
                 match number {
                     Ok(number) => number,
                     Err(refusal) => return Some(Answer::Refused(refusal)),

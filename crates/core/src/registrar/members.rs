@@ -127,16 +127,16 @@ impl Epochs {
         self.turns
     }
 
-    /// Begins a new epoch where it is time.
+    /// Begins a new epoch where it is time; says whether it was.
     pub(super) fn turn(
         &mut self,
         secrets: &mut Secrets,
         now: Moment,
         wall: WallTime,
         changes: &mut Vec<Change>,
-    ) {
+    ) -> bool {
         if now < self.turns {
-            return;
+            return false;
         }
         let number = self.current.0.wrapping_add(1);
         let next = (number, fresh(number, secrets, wall, changes));
@@ -145,6 +145,7 @@ impl Epochs {
             changes.push(saved::epoch(erased, None));
         }
         self.turns = now + EPOCH;
+        true
     }
 
     /// The keys of a session of `epoch`; `None` where its secret is unknown or erased.
@@ -166,6 +167,11 @@ impl Epochs {
     /// Whether sessions of `epoch` will soon be over.
     pub(super) fn ends_soon(&self, epoch: u16, now: Moment) -> bool {
         epoch != self.current.0 && self.turns.since(now) < ENDING
+    }
+
+    /// The secrets that open datagrams, by number.
+    pub(super) fn secrets(&self) -> Vec<(u16, EpochSecret)> {
+        std::iter::once(&self.current).chain(&self.previous).cloned().collect()
     }
 
     pub(super) const fn current(&self) -> u16 {
@@ -239,6 +245,11 @@ impl Roster {
 
     pub(super) fn restore_revocations(&mut self, list: RevocationList) {
         self.revocations = list;
+    }
+
+    /// All members' numbers are below this.
+    pub(super) fn numbers(&self) -> u32 {
+        u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
     /// The member with this number, removed or not.

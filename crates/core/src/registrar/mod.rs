@@ -1,11 +1,13 @@
 //! Owns the index's thinking: whom to believe, what to answer, whose lease is over. Never touches a
 //! socket, a disk or a clock, and never sends a byte to a stranger.
 //!
-//! A datagram's way, cheapest check first: head → member number known → epoch known → keys (kept, or
-//! derived) → AEAD → replay window → not removed → cookie → rate → catalog. Before the AEAD check
-//! passed nothing changes; before the cookie proved the address nothing has an effect.
+//! A datagram's way: gate (see there) → replay window → not removed → cookie → rate → catalog. Before
+//! the gate's AEAD check passed nothing changes; before the cookie proved the address nothing has an
+//! effect. An owner with several threads lets each open datagrams at a gate of its own and seal an
+//! [`Outbox`]; the registrar itself is one, and thinks of one batch at a time.
 
 mod desk;
+mod gate;
 mod members;
 mod saved;
 #[cfg(test)]
@@ -19,7 +21,7 @@ use crate::catalog::{Asker, Catalog, Counts, Limits, Pattern, refuse};
 use crate::dice::Dice;
 use crate::fault::Fault;
 use crate::id::{MemberNumber, NetworkId, RequestId};
-use crate::seal::{CookieJar, ReplayWindow, ReplyHead, RequestHead, open, seal_reply};
+use crate::seal::{CookieJar, ReplayWindow, ReplyHead};
 use crate::time::{Duration, Moment, WallTime};
 use crate::trust::{MachineKey, NameRecord, RevocationList, Role};
 use crate::wire::bytes::Malformed;
@@ -30,6 +32,8 @@ use crate::wire::datagram::{
 use crate::wire::desk::Answer;
 
 pub use desk::{Caller, Invited};
+use gate::Line;
+pub use gate::{Gate, Opened, Outbox};
 pub use members::Member;
 use members::{Epochs, Roster, Secrets};
 use saved::Saved;
@@ -85,7 +89,7 @@ impl Default for Settings {
             limits: Limits::default(),
             members: 1 << 18,
             invitations: 10_000,
-            watchers: 256,
+            watchers: 1 << 14,
             sessions_a_member: 4,
             requests_a_second: 2_000,
             burst: 4_000,
@@ -186,18 +190,6 @@ pub struct Stats {
     pub watchers: usize,
 }
 
-/// The way back to a member: where it asked from, and the session it asked in.
-#[derive(Clone, Copy)]
-struct Line {
-    from: SocketAddr,
-    member: MemberNumber,
-    epoch: u16,
-    salt: u64,
-    reply_key: [u8; 16],
-    /// Where the datagram stands among all of its sender: which session, which counter.
-    order: (u64, u64),
-}
-
 /// What the index keeps of a member's session; made only when a datagram proved to be its own.
 ///
 /// A window that is dropped while replays could still open is no danger: without a cookie of the
@@ -205,8 +197,6 @@ struct Line {
 struct Session {
     epoch: u16,
     salt: u64,
-    to_index: [u8; 16],
-    reply_key: [u8; 16],
     window: ReplayWindow,
     used: Moment,
     /// How many sessions this member had before.
@@ -226,6 +216,8 @@ struct Seat {
     watch_order: (u64, u64),
     bucket: Bucket,
     heard: Option<Moment>,
+    /// When it last said how busy it is, not counting what came sooner than it had to.
+    reported: Option<Moment>,
     /// Until when what it hosts stays; `None` while it hosts nothing.
     lease: Option<Moment>,
     /// Since the restart it has not said how much it holds of what it does not hold whole: that is
@@ -254,6 +246,11 @@ pub struct Registrar {
     watchers: Watchers,
     /// The nonce of the next reply or notice.
     nonce: u64,
+    /// Counts what gates have to know of: members and epochs.
+    news: u64,
+    /// The gate of who calls [`Registrar::on_datagram`]; made when first used.
+    own_gate: Option<Box<Gate>>,
+    outbox: Outbox,
     outputs: VecDeque<Output>,
     stats: Stats,
 }
@@ -293,7 +290,7 @@ impl Registrar {
                 Saved::Address(member, address) => {
                     if let Some(known) = roster.member(member).filter(|m| m.removed.is_none()) {
                         let load = Load { free_slots: 1, ..Load::default() };
-                        catalog.report(member, known.peer, address, load);
+                        catalog.report(member, known.peer, address, load, true);
                     }
                 }
                 Saved::Registration(member, id, hosted) => {
@@ -320,6 +317,9 @@ impl Registrar {
             leases: BTreeSet::new(),
             watchers: Watchers::default(),
             nonce: 0,
+            news: 1,
+            own_gate: None,
+            outbox: Outbox::default(),
             outputs: VecDeque::new(),
             stats: Stats::default(),
         };
@@ -333,6 +333,8 @@ impl Registrar {
     }
 
     /// A datagram came. It is opened in place. (The date matters at the desk only, so far.)
+    ///
+    /// All in one, for owners of one thread: its own gate opens, [`Registrar::poll_output`] seals.
     pub fn on_datagram(
         &mut self,
         now: Moment,
@@ -340,21 +342,32 @@ impl Registrar {
         from: SocketAddr,
         datagram: &mut [u8],
     ) {
-        let length = datagram.len();
-        match self.admit(now, from, datagram) {
-            Err(dropped) => *self.stats.dropped.entry(dropped).or_default() += 1,
-            Ok((line, head, plaintext)) => {
-                if let Err(dropped) = self.heed(now, &line, &head, plaintext, length) {
-                    *self.stats.dropped.entry(dropped).or_default() += 1;
-                }
-            }
+        let mut gate = self.own_gate.take().unwrap_or_else(|| Box::new(self.gate()));
+        self.brief(&mut gate);
+        if let Some(opened) = gate.open(now, from, datagram) {
+            self.on_opened(now, &opened);
+        }
+        self.brief(&mut gate);
+        self.own_gate = Some(gate);
+    }
+
+    /// A member's datagram came, opened at a gate.
+    pub fn on_opened(&mut self, now: Moment, opened: &Opened<'_>) {
+        let heeded = match self.recognise(now, opened) {
+            Ok(order) => self.heed(now, opened, order),
+            Err(dropped) => Err(dropped),
+        };
+        if let Err(dropped) = heeded {
+            *self.stats.dropped.entry(dropped).or_default() += 1;
         }
     }
 
     /// Time passed.
     pub fn tick(&mut self, now: Moment, wall: WallTime) {
         let mut changes = vec![];
-        self.epochs.turn(&mut self.secrets, now, wall, &mut changes);
+        if self.epochs.turn(&mut self.secrets, now, wall, &mut changes) {
+            self.news += 1;
+        }
         self.save(changes);
         self.lapse(now);
         self.notify(now);
@@ -367,9 +380,23 @@ impl Registrar {
         Some(first.map_or(self.epochs.turns(), |moment| moment.min(self.epochs.turns())))
     }
 
-    /// The next thing to be done.
+    /// The next thing to be done. Datagrams that nobody took (see [`Registrar::take_outbox`]) are
+    /// sealed and among them.
     pub fn poll_output(&mut self) -> Option<Output> {
+        if !self.outbox.is_empty() {
+            self.outbox.seal();
+            let send =
+                |(to, bytes): (SocketAddr, &[u8])| Output::Send { to, datagram: bytes.into() };
+            self.outputs.extend(self.outbox.datagrams().map(send));
+            self.outbox.clear();
+        }
         self.outputs.pop_front()
+    }
+
+    /// Takes all datagrams to be sent, unsealed, for `outbox`, which must be empty.
+    pub fn take_outbox(&mut self, outbox: &mut Outbox) {
+        debug_assert!(outbox.is_empty(), "what was to be sent would be lost");
+        std::mem::swap(&mut self.outbox, outbox);
     }
 
     /// Which network this is the index of.
@@ -401,6 +428,7 @@ impl Registrar {
     pub fn check(&self) {
         self.catalog.check();
         self.roster.check();
+        self.watchers.check();
         for number in 0..self.seats.len() {
             let member = MemberNumber(number as u32);
             let hosts = self.catalog.hosted_by(member) > 0;
@@ -417,82 +445,50 @@ impl Registrar {
         }
     }
 
-    /// Lets a datagram in, or says why it is dropped. On the way its session is noted.
-    fn admit<'a>(
-        &mut self,
-        now: Moment,
-        from: SocketAddr,
-        datagram: &'a mut [u8],
-    ) -> Result<(Line, RequestHead, &'a [u8]), Dropped> {
-        let head = RequestHead::decode(datagram).map_err(|_| Dropped::Malformed)?;
-        let (member, epoch, salt) = (head.member, head.epoch, head.salt);
-        self.roster.member(member).ok_or(Dropped::UnknownMember)?;
+    /// Notes a member's datagram in its session; where it stands among all it sent, or why it is
+    /// dropped. What was opened with keys of a moment ago may be out of date by now.
+    fn recognise(&mut self, now: Moment, opened: &Opened<'_>) -> Result<(u64, u64), Dropped> {
+        let Line { member, epoch, salt, .. } = opened.line;
         if !self.epochs.knows(epoch) {
             return Err(Dropped::UnknownEpoch);
         }
-        let at = member.0 as usize;
-        let sessions =
-            self.seats.get_mut(at).and_then(|s| s.as_deref_mut()).map(|s| &mut s.sessions);
-        let known =
-            sessions.and_then(|all| all.iter_mut().find(|s| (s.epoch, s.salt) == (epoch, salt)));
-        let line = |reply_key, nth| Line {
-            from,
-            member,
-            epoch,
-            salt,
-            reply_key,
-            order: (nth, head.counter),
-        };
+        let most = self.settings.sessions_a_member;
+        let seat = self.seat(member);
+        let known = seat.sessions.iter_mut().find(|s| (s.epoch, s.salt) == (epoch, salt));
         if let Some(session) = known {
-            let plaintext =
-                open(&session.to_index, head.counter, datagram).ok_or(Dropped::Forged)?;
-            if !session.window.mark(head.counter) {
+            if !session.window.mark(opened.counter) {
                 return Err(Dropped::Replayed);
             }
             session.used = now;
-            return Ok((line(session.reply_key, session.nth), head, plaintext));
+            return Ok((session.nth, opened.counter));
         }
-        let keys = self.epochs.session(epoch, self.network, member, salt);
-        let keys = keys.ok_or(Dropped::UnknownEpoch)?;
-        let plaintext = open(&keys.to_index, head.counter, datagram).ok_or(Dropped::Forged)?;
         let mut window = ReplayWindow::default();
-        window.mark(head.counter);
-        let reply_key = keys.reply_key(self.boot);
-        let most = self.settings.sessions_a_member;
-        let seat = self.seat(member);
+        window.mark(opened.counter);
         seat.born += 1;
         let nth = seat.born;
-        let to_index = keys.to_index;
-        let session = Session { epoch, salt, to_index, reply_key, window, used: now, nth };
-        seat.remember(session, now, most);
-        Ok((line(reply_key, nth), head, plaintext))
+        seat.remember(Session { epoch, salt, window, used: now, nth }, now, most);
+        Ok((nth, opened.counter))
     }
 
     /// Answers a datagram that is authentic.
-    fn heed(
-        &mut self,
-        now: Moment,
-        line: &Line,
-        head: &RequestHead,
-        plaintext: &[u8],
-        length: usize,
-    ) -> Result<(), Dropped> {
+    fn heed(&mut self, now: Moment, opened: &Opened<'_>, order: (u64, u64)) -> Result<(), Dropped> {
+        let Opened { line, kind, proven, length, plaintext, .. } = opened;
+        let (kind, length) = (*kind, *length);
         let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
         let id = RequestId(u64::from_be_bytes(*id));
-        let proven = self.jar.accepts(now, line.from, line.member, &head.cookie);
         if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
             let refusal = refuse(Code::Removed, "this machine was removed from the network");
-            if proven {
-                self.reply(line, head.kind, id, &Reply::Error(refusal));
+            if *proven {
+                self.reply(line, kind, id, &Reply::Error(refusal));
             } else {
-                self.refuse_short(line, head.kind, id, refusal, length);
+                self.refuse_short(line, kind, id, refusal, length);
             }
             return Ok(());
         }
         if !proven {
             let cookie = Some(self.jar.bake(now, line.from, line.member));
             let refusal = Refusal { code: Code::CookieNeeded, text: String::new(), cookie };
-            self.refuse_short(line, head.kind, id, refusal, length);
+            self.refuse_short(line, kind, id, refusal, length);
             return Ok(());
         }
         let Settings { requests_a_second, burst, .. } = self.settings;
@@ -503,33 +499,38 @@ impl Registrar {
         } else if self.epochs.ends_soon(line.epoch, now) {
             Err(refuse(Code::SessionOver, "fetch new keys"))
         } else {
-            match Request::decode(head.kind, plaintext) {
+            match Request::decode(kind, plaintext) {
                 Ok((_, request)) => {
-                    self.keep_order(line, &request)?;
+                    self.keep_order(line.member, order, &request)?;
                     self.act(now, line, request)
                 }
                 Err(malformed) => Err(refuse(Code::BadRequest, malformed.to_string())),
             }
         };
-        self.reply(line, head.kind, id, &done.map_or_else(Reply::Error, Reply::Ack));
+        self.reply(line, kind, id, &done.map_or_else(Reply::Error, Reply::Ack));
         self.settle(line.member);
         self.watchers.note(now, self.catalog.sequence());
         Ok(())
     }
 
     /// Refuses a change of what a member hosts or watches that a later one of it has overtaken.
-    fn keep_order(&mut self, line: &Line, request: &Request) -> Result<(), Dropped> {
-        let seat = self.seat(line.member);
+    fn keep_order(
+        &mut self,
+        member: MemberNumber,
+        order: (u64, u64),
+        request: &Request,
+    ) -> Result<(), Dropped> {
+        let seat = self.seat(member);
         let last = match request {
             Request::Register(said) if said.items.is_empty() && !said.round_ends => return Ok(()),
             Request::Register(_) | Request::Deregister(_) => &mut seat.hosts_order,
             Request::Watch(_) => &mut seat.watch_order,
             Request::Search(_) | Request::List(_) => return Ok(()), // these change nothing
         };
-        if line.order < *last {
+        if order < *last {
             return Err(Dropped::Overtaken);
         }
-        *last = line.order;
+        *last = order;
         Ok(())
     }
 
@@ -565,7 +566,13 @@ impl Registrar {
         let hosts = self.catalog.hosted_by(number) > 0;
         if said.port != 0 && (hosts || !said.items.is_empty()) {
             let address = SocketAddr::new(line.from.ip().to_canonical(), said.port);
-            self.catalog.report(number, peer, address, said.load);
+            let heartbeat = Duration::from_secs(self.settings.heartbeat_s.into());
+            let seat = self.seat(number);
+            let due = seat.reported.is_none_or(|at| now.since(at) >= heartbeat / 2);
+            if due {
+                seat.reported = Some(now);
+            }
+            self.catalog.report(number, peer, address, said.load, due);
         }
         if said.round != 0 && (said.round_ends || !said.items.is_empty()) {
             self.catalog.enter_round(number, said.round); // heartbeats may come late, and begin none
@@ -669,10 +676,10 @@ impl Registrar {
             Reply::Error(refusal) => Some(refusal.code),
         };
         *self.stats.requests.entry((char::from(asked), code)).or_default() += 1;
-        self.send(line, reply.kind(), &reply.encode(id));
+        self.send(line, reply.kind(), |out| reply.write(id, out));
     }
 
-    fn send(&mut self, line: &Line, kind: u8, plaintext: &[u8]) {
+    fn send(&mut self, line: &Line, kind: u8, write: impl FnOnce(&mut Vec<u8>)) {
         let head = ReplyHead {
             kind,
             epoch: line.epoch,
@@ -684,8 +691,7 @@ impl Registrar {
             flags: 0,
         };
         self.nonce += 1;
-        let datagram = seal_reply(&line.reply_key, &head, plaintext);
-        self.outputs.push_back(Output::Send { to: line.from, datagram });
+        self.outbox.push(line, &head, write);
     }
 
     fn seat(&mut self, member: MemberNumber) -> &mut Seat {

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::id::{ContentId, Name, PeerId, Version};
-use crate::seal::{open, seal_request};
+use crate::seal::{RequestHead, open, seal_request};
 use crate::trust::{CERTIFICATE_LIFE, CLOCK_SKEW, Certificate, invitation_id, join_tag};
 use crate::wire::datagram::{
     Found, HEAD_BYTES, HELD_ALL, Notice, Page, Row, Target, Watch, Watching, digest_of,

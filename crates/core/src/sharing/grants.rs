@@ -101,6 +101,8 @@ pub(super) struct Grants {
     readers: BTreeMap<PeerId, Reader>,
     /// On offer: what we hold. Copies: readers that hold a piece or were granted it.
     rarity: Rarity,
+    /// Bytes of all grants that were not sent.
+    open: u64,
     /// Fresh pieces, sent, that were seen with this reader only.
     unspread: BTreeMap<Piece, PeerId>,
     /// Two readers or more lack something.
@@ -120,6 +122,7 @@ impl Grants {
             layout,
             readers: BTreeMap::new(),
             rarity,
+            open: 0,
             unspread: BTreeMap::new(),
             granting: false,
             stretch: UNSTRETCHED,
@@ -165,6 +168,7 @@ impl Grants {
         if let Some(reader) = self.readers.remove(&peer) {
             let pieces = reader.have.iter().chain(reader.grants.keys().copied());
             pieces.for_each(|piece| self.rarity.lower(piece));
+            self.open -= reader.open;
             self.unspread.retain(|_, whose| *whose != peer);
         }
     }
@@ -189,7 +193,8 @@ impl Grants {
         reader.declined.remove(&piece);
         match reader.grants.remove(&piece) {
             Some(grant) if grant.stage != Stage::Sent => {
-                reader.open -= u64::from(self.layout.len_of(piece));
+                let bytes = u64::from(self.layout.len_of(piece));
+                (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
             }
             Some(_) => {}
             None => self.rarity.raise(piece),
@@ -236,7 +241,8 @@ impl Grants {
             if let Some(grant) = reader.grants.remove(&piece) {
                 self.rarity.lower(piece);
                 if grant.stage != Stage::Sent {
-                    reader.open -= u64::from(self.layout.len_of(piece));
+                    let bytes = u64::from(self.layout.len_of(piece));
+                    (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
                 }
             }
         }
@@ -276,12 +282,14 @@ impl Grants {
         reader.lacks.remove(piece);
         reader.declined.remove(&piece);
         match reader.grants.insert(piece, Grant { stage, since: now }) {
-            Some(before) if before.stage != Stage::Sent => reader.open -= bytes,
+            Some(before) if before.stage != Stage::Sent => {
+                (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
+            }
             Some(_) => {}
             None => self.rarity.raise(piece),
         }
         if stage != Stage::Sent {
-            reader.open += bytes;
+            (reader.open, self.open) = (reader.open + bytes, self.open + bytes);
         }
     }
 
@@ -291,7 +299,8 @@ impl Grants {
         if let Some(grant) = reader.grants.remove(&piece) {
             self.rarity.lower(piece);
             if grant.stage != Stage::Sent {
-                reader.open -= u64::from(self.layout.len_of(piece));
+                let bytes = u64::from(self.layout.len_of(piece));
+                (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
             }
             reader.declined.insert(piece, now);
         }
@@ -310,8 +319,8 @@ impl Grants {
     /// they no longer are.
     pub(super) fn settle(&mut self) -> Vec<Host> {
         let ours = self.rarity.offered();
-        let lacking = self.readers.values().filter(|r| r.have.count() < ours).count();
-        let was = std::mem::replace(&mut self.granting, lacking >= 2);
+        let lacking = self.readers.values().filter(|r| r.have.count() < ours);
+        let was = std::mem::replace(&mut self.granting, lacking.take(2).count() == 2);
         match was && !self.granting {
             true => self.readers.values().flat_map(|r| r.hosts.iter().copied()).collect(),
             false => Vec::new(),
@@ -332,9 +341,8 @@ impl Grants {
         self.adapt(now, outflow.idle);
         let size = u64::from(self.layout.piece_size());
         let all = self.stretched((OPEN_ALL * size).max(outflow.within(OPEN_AHEAD)));
-        let mut open: u64 = self.readers.values().map(|r| r.open).sum();
-        while open + size <= all {
-            let idle = outflow.idle && open == 0;
+        while self.open + size <= all {
+            let idle = outflow.idle && self.open == 0;
             let Some(peer) = self.next_reader(now, outflow, idle, &grants) else { break };
             let Some(reader) = self.readers.get_mut(&peer) else { break };
             let Some(piece) = self.rarity.rarest(&reader.lacks, dice) else { break };
@@ -342,8 +350,7 @@ impl Grants {
             reader.grants.insert(piece, Grant { stage: Stage::Granted, since: now });
             reader.last = now;
             let bytes = u64::from(self.layout.len_of(piece));
-            reader.open += bytes;
-            open += bytes;
+            (reader.open, self.open) = (reader.open + bytes, self.open + bytes);
             self.rarity.raise(piece);
             // Several connections to one member are there to be used together.
             let host = reader.hosts[dice.below(reader.hosts.len() as u64) as usize];
@@ -404,8 +411,7 @@ impl Grants {
     /// what was declined.
     pub(super) fn tick(&mut self, now: Moment, outflow: Outflow) -> u64 {
         let mut withdrawn = 0;
-        let open: u64 = self.readers.values().map(|r| r.open).sum();
-        let sending = open.saturating_mul(1_000).checked_div(outflow.rate).unwrap_or(0);
+        let sending = self.open.saturating_mul(1_000).checked_div(outflow.rate).unwrap_or(0);
         let not_sent = NOT_SENT.max(Duration::from_millis(4 * sending));
         let late = |grant: &Grant| {
             now.since(grant.since)
@@ -478,6 +484,8 @@ impl Grants {
                 assert_eq!(lacks, reader.lacks.has(piece), "{peer:?} lacks {piece:?}");
             }
         }
+        let open: u64 = self.readers.values().map(|r| r.open).sum();
+        assert_eq!(open, self.open, "bytes granted in all");
         assert!(unspread.is_empty(), "unspread pieces of readers that are gone");
         for piece in (0..self.layout.pieces()).map(Piece) {
             assert_eq!(copies[piece.0 as usize], self.rarity.copies(piece), "copies of {piece:?}");

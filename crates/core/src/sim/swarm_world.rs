@@ -1,35 +1,52 @@
 //! Owns a world of peers that fetch and serve contents over links of given speed and delay, with the
 //! real [`Swarm`] and [`Sharing`] in every one of them. Never moves a byte: pieces are numbers here.
 //!
-//! A connection is one socket each way: a bounded send buffer, filled frame by frame, control frames
-//! before the next piece. An uplink sends the chunks of its sockets in turn, a downlink takes them in
-//! as they come. Left out: packet loss, slow start, framing (4.6 % on Ethernet) and CPU.
+//! A connection is one socket each way: a bounded send buffer, filled chunk by chunk. An uplink sends
+//! the chunks of its sockets in turn, a downlink takes them in as they come; what is said besides
+//! pieces waits behind what its socket holds, and costs the uplink its bytes. Hosts are found as the
+//! program finds them: the real [`Catalog`] answers searches, hosts tell each other of further ones.
+//! Left out: packet loss, slow start, framing (4.6 % on Ethernet) and CPU.
+//!
+//! [`Catalog`]: crate::catalog::Catalog
 
+mod agenda;
+mod peer;
 #[cfg(test)]
 mod tests;
+mod way;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::bitfield::Bitfield;
+use crate::catalog::{Asker, Catalog, Limits};
 use crate::dice::Dice;
-use crate::id::{PeerId, Piece};
+use crate::id::{ContentId, MemberNumber, Piece};
 use crate::layout::Layout;
-use crate::sharing::{self, Sharing};
-use crate::swarm::{self, Arrived, Host, Swarm, Why};
+use crate::sharing;
+use crate::swarm::{self, Arrived, Host, Waiting, Why};
 use crate::time::{Duration, Moment};
+use crate::wire::datagram::{HELD_ALL, Item, Search, Target};
+use agenda::Agenda;
+use peer::Peer;
+use way::{Frame, Part, Way};
 
-/// What goes onto a link at once.
+/// What goes onto a link at once, where a plan says nothing else.
 const CHUNK: u32 = 16 << 10;
-/// What a socket holds that is not on the line yet (`TCP_NOTSENT_LOWAT`).
-const UNSENT: u64 = 32 << 10;
-/// What a socket has on its way and not acknowledged, besides what its delay asks for.
-const WINDOW: u64 = 128 << 10;
 /// Hash a piece and write it.
 const VERIFY: Nanos = 300_000;
 /// Ask the index for hosts.
 const SEARCH: Nanos = 20_000_000;
+/// A peer asks the index no more often than this, but when it needs hosts.
+const SEARCH_EVERY: Nanos = 3_000_000_000;
+/// It looks so often whether it has hosts enough, …
+const TEND: Nanos = 500_000_000;
+/// … and dials a host again that was up and went after this.
+const AGAIN: Nanos = 200_000_000;
+/// A peer's program looks at its machines' deadlines at least this often, …
+const LOOK: Nanos = 1_000_000;
+/// Hosts that a host tells of at most.
+const MOST_TOLD: usize = crate::wire::stream::MAX_HOSTS;
 /// Nanoseconds since the world began.
 type Nanos = u64;
 
@@ -69,6 +86,20 @@ pub enum Nature {
     },
     /// Claims to hold everything from the start, and never declines a grant nor takes one.
     Hoarder,
+    /// As it should; but its uplink stands still for `lasts` after every `every`.
+    Stalling {
+        /// So long it sends, …
+        every: Duration,
+        /// … and so long it does not.
+        lasts: Duration,
+    },
+}
+
+impl Nature {
+    /// Whether it does what it should, as well as it can.
+    pub const fn is_honest(self) -> bool {
+        matches!(self, Self::Honest | Self::Stalling { .. })
+    }
 }
 
 /// When a peer dies. Its connections break at once.
@@ -80,6 +111,8 @@ pub enum Death {
     At(Duration),
     /// After it has sent so many thousandths of all contents.
     AfterCopies(u64),
+    /// As soon as it has all it wants.
+    WhenDone,
 }
 
 /// One peer.
@@ -106,8 +139,10 @@ pub struct Plan {
     pub contents: Vec<Vec<u64>>,
     /// Who is there.
     pub people: Vec<Person>,
-    /// Hosts a search names at most.
+    /// Connections a peer that fetches opens at most.
     pub neighbours: usize,
+    /// What goes onto a link at once, in bytes: the more, the faster and the coarser.
+    pub chunk: u32,
     /// Pairs that cannot reach each other.
     pub walls: BTreeSet<(usize, usize)>,
     /// Decides all chance.
@@ -121,6 +156,18 @@ pub struct Plan {
 pub struct Report {
     /// When each person had all that it wanted; `None`: never. Zero for who wanted nothing.
     pub done: Vec<Option<Duration>>,
+    /// When each person had 99 of 100 of the pieces it wanted.
+    pub nearly: Vec<Option<Duration>>,
+    /// When all together had one, two … tenths of what they wanted.
+    pub tenths: Vec<Duration>,
+    /// Pieces it holds of what it wanted.
+    pub held: Vec<u32>,
+    /// Pieces that were sent whole by those who held them from the start, counted once.
+    pub left_home: usize,
+    /// What each person who did not complete waits for.
+    pub waiting: Vec<Option<Waiting>>,
+    /// Connections each person has.
+    pub neighbours: Vec<usize>,
     /// Bytes of pieces each person put on its uplink.
     pub sent: Vec<u64>,
     /// Bytes of pieces that came to each person a second time.
@@ -172,7 +219,8 @@ impl Plan {
         Self {
             contents: vec![vec![bytes]],
             people,
-            neighbours: 20,
+            neighbours: 16,
+            chunk: CHUNK,
             walls: BTreeSet::new(),
             seed,
             check_every: 997,
@@ -182,7 +230,7 @@ impl Plan {
     /// The shortest time in which one content can reach all who want it, were it a fluid:
     /// max(F/u_seed, F/min d, N·F/(u_seed + Σu)) (Kumar and Ross 2006). Counts honest people only.
     pub fn bound(&self, content: u32) -> Duration {
-        let honest = || self.people.iter().filter(|p| p.nature == Nature::Honest);
+        let honest = || self.people.iter().filter(|p| p.nature.is_honest());
         let bytes: u64 = self.contents[content as usize].iter().sum();
         let seeds: u64 = honest().filter(|p| p.holds.contains(&content)).map(|p| p.line.up).sum();
         let wanting = || honest().filter(|p| p.wants.contains(&content));
@@ -194,131 +242,50 @@ impl Plan {
     }
 }
 
-/// What is said on a connection.
-#[derive(Clone, Debug)]
-enum Frame {
-    Open(u32),
-    Opened(u32),
-    TheirHave(u32, Bitfield),
-    TheirHaveMore(u32, Vec<Piece>),
-    Have(u32, Bitfield),
-    HaveMore(u32, Vec<Piece>),
-    Want(u32, Vec<Piece>),
-    Cancel(u32, Vec<Piece>),
-    Busy(u32, Vec<Piece>, Duration),
-    Grant(u32, Vec<Piece>),
-    Close(u32),
-    Piece { content: u32, piece: Piece, bad: bool },
-}
-
-impl Frame {
-    /// Bytes it takes on the wire; a piece's own are counted apart.
-    fn size(&self) -> u32 {
-        match self {
-            Self::Have(_, have) | Self::TheirHave(_, have) => 16 + have.len() / 8,
-            Self::HaveMore(_, pieces)
-            | Self::TheirHaveMore(_, pieces)
-            | Self::Want(_, pieces)
-            | Self::Cancel(_, pieces)
-            | Self::Busy(_, pieces, _)
-            | Self::Grant(_, pieces) => 16 + 4 * pieces.len() as u32,
-            Self::Open(_) | Self::Opened(_) | Self::Close(_) | Self::Piece { .. } => 48,
-        }
-    }
-}
-
-/// One way of a connection.
-#[derive(Default)]
-struct Socket {
-    control: VecDeque<Frame>,
-    pieces: VecDeque<(u32, Piece, u32)>,
-    /// The piece being written, and how much of it is not yet.
-    writing: Option<(u32, Piece, u32)>,
-    /// In the send buffer, before the uplink.
-    buffer: VecDeque<Chunk>,
-    /// In the send buffer or under way.
-    unacknowledged: u64,
-    unsent: u64,
-    window: u64,
-    queued: bool,
-}
-
-struct Chunk {
-    bytes: u32,
-    /// The frame that is whole with this chunk.
-    ends: Option<Frame>,
-}
-
 enum Event {
-    Join(usize),
-    Die(usize),
-    /// The search or the dialling that `usize` began is through.
-    Connect(usize, usize),
-    UplinkFree(usize, usize),
+    Join(u32),
+    Die(u32),
+    /// The index answers.
+    Answer(u32),
+    /// Somebody dialled is reached.
+    Connect(u32, u32),
+    Tend(u32),
+    Tick(u32),
+    /// The uplink has sent a chunk.
+    Sent(u32),
+    /// A chunk has come to the downlink.
     Arrives {
-        from: usize,
-        to: usize,
-        life: u64,
-        chunk: Chunk,
-    },
-    TakenIn {
-        from: usize,
-        to: usize,
-        life: u64,
-        chunk: Chunk,
-    },
-    Acknowledged {
-        from: usize,
-        to: usize,
-        life: u64,
+        way: u32,
         bytes: u32,
+        ends: Option<(Part, bool)>,
     },
     Verified {
-        from: usize,
-        to: usize,
-        content: u32,
-        piece: Piece,
+        way: u32,
+        part: Part,
         bad: bool,
     },
-    Tick(usize),
-}
-
-struct Peer {
-    person: Person,
-    alive: bool,
-    swarms: BTreeMap<u32, Swarm>,
-    sharing: Sharing,
-    /// Connections: to whom, and which life of that connection.
-    connected: BTreeMap<usize, u64>,
-    /// What was shown to whom (both directions of a channel).
-    shown: BTreeSet<(usize, u32)>,
-    opened: BTreeSet<(usize, u32)>,
-    banned: BTreeSet<usize>,
-    sockets: BTreeMap<usize, Socket>,
-    ring: VecDeque<usize>,
-    uplink_busy: bool,
-    downlink_free: Nanos,
-    tick_at: Option<Nanos>,
-    served: u32,
-    sent: u64,
-    duplicate: u64,
-    copies_at: Vec<Duration>,
-    done: Option<Duration>,
+    Writable(u32),
+    Says(u32, Frame),
 }
 
 /// The world.
 pub struct World {
     plan: Plan,
     layouts: Vec<Arc<Layout>>,
-    peers: Vec<Peer>,
+    index: Catalog,
     dice: Dice,
+    peers: Vec<Peer>,
+    ways: Vec<Way>,
     now: Nanos,
-    /// By time, then by order of planning.
-    agenda: BinaryHeap<Reverse<(Nanos, u64)>>,
-    events: BTreeMap<u64, Event>,
-    planned: u64,
+    agenda: Agenda<Event>,
     handled: u64,
-    lives: u64,
+    /// Honest people that are not done and not dead.
+    unfinished: usize,
+    left_home: Vec<Bitfield>,
+    /// Bytes that all together want, and have.
+    wanted: u64,
+    had: u64,
+    tenths: Vec<Duration>,
     bad: BTreeMap<(usize, usize), u32>,
     dropped: Vec<(usize, usize, Why)>,
     digest: u64,
@@ -328,27 +295,34 @@ impl World {
     /// Builds the world of a plan.
     ///
     /// # Panics
-    /// Where a content has too many pieces.
+    /// Where a content has too many pieces, or there are more than 32.
     pub fn new(plan: Plan) -> Self {
+        assert!(plan.contents.len() <= 32, "contents are bits of a word here");
         let layouts: Vec<Arc<Layout>> = plan
             .contents
             .iter()
             .map(|sizes| Arc::new(Layout::new(sizes.iter().copied()).expect("a content that fits")))
             .collect();
         let mut dice = Dice(plan.seed);
-        let peers =
+        let peers: Vec<Peer> =
             plan.people.iter().map(|person| Peer::new(person, &layouts, &mut dice)).collect();
+        let size = |content: &u32| layouts[*content as usize].total();
+        let wanted = plan.people.iter().flat_map(|p| &p.wants).map(size).sum();
         let mut world = Self {
+            index: Catalog::new(Limits::default(), 0, dice.next()),
+            unfinished: peers.iter().filter(|p| p.is_waited_for()).count(),
+            left_home: layouts.iter().map(|l| Bitfield::none(l.pieces())).collect(),
             plan,
             layouts,
-            peers,
             dice,
+            peers,
+            ways: Vec::new(),
             now: 0,
-            agenda: BinaryHeap::new(),
-            events: BTreeMap::new(),
-            planned: 0,
+            agenda: Agenda::new(),
             handled: 0,
-            lives: 0,
+            wanted,
+            had: 0,
+            tenths: Vec::new(),
             bad: BTreeMap::new(),
             dropped: Vec::new(),
             digest: 0,
@@ -356,9 +330,9 @@ impl World {
         for p in 0..world.peers.len() {
             let person = &world.peers[p].person;
             let (joins, dies) = (nanos(person.joins), person.dies);
-            world.plan_at(joins, Event::Join(p));
+            world.agenda.plan(joins, Event::Join(p as u32));
             if let Death::At(at) = dies {
-                world.plan_at(nanos(at), Event::Die(p));
+                world.agenda.plan(nanos(at), Event::Die(p as u32));
             }
         }
         world
@@ -366,28 +340,34 @@ impl World {
 
     /// Runs until everyone living and honest has all it wants, or until `limit`.
     pub fn run(mut self, limit: Duration) -> Report {
-        while !self.is_over() {
-            let Some(Reverse((at, number))) = self.agenda.pop() else { break };
-            if at > nanos(limit) {
+        while self.unfinished > 0 {
+            let Some((at, event)) = self.agenda.next().filter(|(at, _)| *at <= nanos(limit)) else {
                 break;
-            }
+            };
             self.now = at;
             self.handled += 1;
-            if let Some(event) = self.events.remove(&number) {
-                self.handle(event);
-            }
+            self.handle(event);
         }
+        self.report()
+    }
+
+    fn report(self) -> Report {
+        let now = self.moment();
+        let of = |p: &Peer| p.swarms.iter().map(|(c, s)| (*c, s.counts())).collect();
+        let waits = |p: &Peer| p.swarms.iter().find_map(|(_, s)| s.waiting(now));
         Report {
             done: self.peers.iter().map(|p| p.done).collect(),
+            nearly: self.peers.iter().map(|p| p.nearly).collect(),
+            tenths: self.tenths,
+            held: self.peers.iter().map(|p| p.progress().0).collect(),
+            left_home: self.left_home.iter().map(|left| left.count() as usize).sum(),
+            waiting: self.peers.iter().map(waits).collect(),
+            neighbours: self.peers.iter().map(|p| p.ways.len()).collect(),
             sent: self.peers.iter().map(|p| p.sent).collect(),
             duplicate: self.peers.iter().map(|p| p.duplicate).collect(),
             bad: self.bad,
             dropped: self.dropped,
-            fetched: self
-                .peers
-                .iter()
-                .map(|p| p.swarms.iter().map(|(c, s)| (*c, s.counts())).collect())
-                .collect(),
+            fetched: self.peers.iter().map(of).collect(),
             shared: self.peers.iter().map(|p| p.sharing.counts()).collect(),
             copies_at: self.peers.iter().map(|p| p.copies_at.clone()).collect(),
             events: self.handled,
@@ -395,127 +375,218 @@ impl World {
         }
     }
 
-    fn is_over(&self) -> bool {
-        let waits = |p: &Peer| {
-            let dead = !p.alive && nanos(p.person.joins) < self.now;
-            p.done.is_none() && !dead && p.person.nature == Nature::Honest
-        };
-        !self.peers.iter().any(waits)
-    }
-
     fn moment(&self) -> Moment {
         Moment::from_micros(self.now / 1_000)
     }
 
-    fn plan_at(&mut self, at: Nanos, event: Event) {
-        self.planned += 1;
-        self.agenda.push(Reverse((at.max(self.now), self.planned)));
-        self.events.insert(self.planned, event);
+    fn peer(&mut self, p: u32) -> &mut Peer {
+        &mut self.peers[p as usize]
     }
 
-    fn note(&mut self, what: u64, a: usize, b: usize) {
-        let word = self.now ^ (what << 56) ^ ((a as u64) << 40) ^ ((b as u64) << 24);
+    fn way(&mut self, way: u32) -> &mut Way {
+        &mut self.ways[way as usize]
+    }
+
+    fn note(&mut self, what: u64, a: u32, b: u32) {
+        let word = self.now ^ (what << 56) ^ (u64::from(a) << 40) ^ (u64::from(b) << 24);
         self.digest = Dice(self.digest ^ word).next();
     }
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Join(p) => {
-                self.peers[p].alive = true;
-                self.search(p);
-                self.act(p);
-            }
+            Event::Join(p) => self.join(p),
             Event::Die(p) => self.die(p),
+            Event::Answer(p) => self.answer(p),
             Event::Connect(a, b) => self.connect(a, b),
-            Event::UplinkFree(p, to) => {
-                self.peers[p].uplink_busy = false;
-                self.pump(p, to);
+            Event::Tend(p) => self.tend(p),
+            Event::Tick(p) => self.tick(p),
+            Event::Sent(p) => {
+                let way = self.peer(p).on_line.take();
+                if let Some(way) = way {
+                    self.pump(way);
+                }
                 self.uplink(p);
             }
-            Event::Arrives { from, to, life, chunk } => {
-                let peer = &mut self.peers[to];
-                let took = u64::from(chunk.bytes) * 1_000_000_000 / peer.person.line.down;
+            Event::Arrives { way, bytes, ends } => {
+                let (from, to) = (&self.ways[way as usize], self.ways[way as usize].to);
+                if !from.is_open {
+                    return;
+                }
+                let peer = &mut self.peers[to as usize];
+                let took = u64::from(bytes) * 1_000_000_000 / peer.person.line.down;
                 peer.downlink_free = peer.downlink_free.max(self.now) + took;
                 let at = peer.downlink_free;
-                self.plan_at(at, Event::TakenIn { from, to, life, chunk });
+                if let Some((part, bad)) = ends {
+                    self.agenda.plan(at + VERIFY, Event::Verified { way, part, bad });
+                }
+                let from = self.way(way);
+                let was = from.unblocks();
+                from.acknowledge(at + from.delay, bytes);
+                if let (None, Some(at)) = (was, from.unblocks()) {
+                    self.agenda.plan(at, Event::Writable(way));
+                }
             }
-            Event::TakenIn { from, to, life, chunk } => {
-                let at = self.now + self.delay(from, to);
-                let bytes = chunk.bytes;
-                self.plan_at(at, Event::Acknowledged { from, to, life, bytes });
-                if self.peers[to].connected.get(&from) == Some(&life)
-                    && let Some(frame) = chunk.ends
-                {
-                    self.receive(from, to, frame);
+            Event::Verified { way, part, bad } => {
+                let to = self.ways[way as usize].to;
+                self.verified(way, part, bad);
+                self.act(to);
+            }
+            Event::Writable(way) => self.pump(way),
+            Event::Says(way, frame) => {
+                if self.ways[way as usize].is_open {
+                    let to = self.ways[way as usize].to;
+                    self.hear(way, frame);
                     self.act(to);
                 }
             }
-            Event::Acknowledged { from, to, life, bytes } => {
-                if self.peers[from].connected.get(&to) == Some(&life) {
-                    let socket = self.peers[from].sockets.get_mut(&to);
-                    if let Some(socket) = socket {
-                        socket.unacknowledged -= u64::from(bytes);
-                    }
-                    self.pump(from, to);
-                }
-            }
-            Event::Verified { from, to, content, piece, bad } => {
-                self.verified(from, to, content, piece, bad);
-                self.act(to);
-            }
-            Event::Tick(p) => {
-                if self.peers[p].tick_at == Some(self.now) {
-                    self.peers[p].tick_at = None;
-                    let now = self.moment();
-                    if self.peers[p].alive {
-                        self.peers[p].swarms.values_mut().for_each(|s| s.tick(now));
-                        self.peers[p].sharing.tick(now);
-                        self.act(p);
-                    }
-                }
-            }
         }
     }
 
-    fn delay(&self, a: usize, b: usize) -> Nanos {
-        nanos(self.peers[a].person.line.delay) + nanos(self.peers[b].person.line.delay)
+    fn join(&mut self, p: u32) {
+        self.peer(p).alive = true;
+        for content in self.peer(p).person.holds.clone() {
+            self.register(p, content, HELD_ALL);
+        }
+        if !self.peer(p).swarms.is_empty() {
+            self.search(p);
+            let at = self.now + TEND;
+            self.agenda.plan(at, Event::Tend(p));
+        }
+        self.act(p);
     }
 
-    /// Asks the index for hosts, and dials them.
-    fn search(&mut self, p: usize) {
-        let mut others: Vec<usize> = (0..self.peers.len())
-            .filter(|o| *o != p && self.peers[*o].alive)
-            .filter(|o| !self.peers[p].connected.contains_key(o))
-            .filter(|o| !self.peers[p].banned.contains(o) && !self.peers[*o].banned.contains(&p))
-            .filter(|o| !self.plan.walls.contains(&(p.min(*o), p.max(*o))))
-            .collect();
-        let room = self.plan.neighbours.saturating_sub(self.peers[p].connected.len());
-        for _ in 0..room.min(others.len()) {
-            let other = others.swap_remove(self.dice.below(others.len() as u64) as usize);
-            let at = self.now + SEARCH + 4 * self.delay(p, other);
-            self.plan_at(at, Event::Connect(p, other));
+    fn die(&mut self, p: u32) {
+        self.note(2, p, 0);
+        if !std::mem::replace(&mut self.peer(p).alive, false) {
+            return;
+        }
+        self.unfinished -= usize::from(self.peer(p).is_waited_for());
+        self.index.evict(MemberNumber(p));
+        let ways: Vec<(u32, u32)> = self.peer(p).ways.iter().map(|(to, w)| (*to, *w)).collect();
+        for (other, way) in ways {
+            self.disconnect(way);
+            self.act(other);
         }
     }
 
-    fn connect(&mut self, a: usize, b: usize) {
-        if !self.peers[a].alive || !self.peers[b].alive || self.peers[a].connected.contains_key(&b)
+    /// Tells the index how much of a content is here.
+    fn register(&mut self, p: u32, content: u32, held: u16) {
+        let (member, peer) = (MemberNumber(p), &mut self.peers[p as usize]);
+        let octets = (10 << 24 | p).to_be_bytes();
+        let (first, load) = (peer.registered.is_empty(), peer.sharing.load());
+        if first {
+            self.index.report(member, peer::peer_id(p), (octets, 7_701).into(), load, true);
+        }
+        peer.registered.insert(content);
+        let size = self.layouts[content as usize].total();
+        let item = Item { id: content_id(content), size, held, name: None };
+        self.index.register(member, &item, |_| true).expect("the index has room");
+        while self.index.poll_journal().is_some() {}
+    }
+
+    /// Asks the index for hosts.
+    fn search(&mut self, p: u32) {
+        let now = self.now;
+        self.peer(p).next_search = now + SEARCH_EVERY;
+        self.agenda.plan(now + SEARCH, Event::Answer(p));
+    }
+
+    fn answer(&mut self, p: u32) {
+        let asker = Asker { member: MemberNumber(p), loopback: false };
+        for content in self.peer(p).wanting() {
+            let hosts = self.plan.neighbours.min(Search::MAX_HOSTS.into()) as u8;
+            let search = Search { target: Target::Id(content_id(content)), hosts };
+            let Ok(found) = self.index.search(asker, &search) else { continue };
+            let hosts = found
+                .hosts
+                .iter()
+                .map(|host| u32::from_be_bytes(host.peer.0[8..12].try_into().expect("four bytes")));
+            let hosts: Vec<u32> = hosts.collect();
+            self.learn(p, hosts);
+        }
+    }
+
+    /// Hears of hosts, and dials them while it has too few.
+    fn learn(&mut self, p: u32, hosts: Vec<u32>) {
+        for other in hosts.into_iter().filter(|other| *other != p) {
+            self.peer(p).known.entry(other).or_insert(0);
+        }
+        self.dial(p);
+    }
+
+    fn dial(&mut self, p: u32) {
+        let now = self.now;
+        let peer = &mut self.peers[p as usize];
+        let room = self.plan.neighbours.saturating_sub(peer.ways.len());
+        let free = |who: &u32| !peer.ways.contains_key(who) && !peer.banned.contains(who);
+        let known = peer.known.iter().filter(|(who, at)| **at <= now && free(who));
+        let mut known: Vec<u32> = known.map(|(who, _)| *who).collect();
+        for _ in 0..room.min(known.len()) {
+            let who = known.swap_remove(self.dice.below(known.len() as u64) as usize);
+            let took = 4 * self.delay(p, who);
+            // Until then it is not dialled again.
+            self.peer(p).known.insert(who, now + took + AGAIN);
+            self.agenda.plan(now + took, Event::Connect(p, who));
+        }
+    }
+
+    fn delay(&self, a: u32, b: u32) -> Nanos {
+        let of = |p: u32| nanos(self.peers[p as usize].person.line.delay);
+        of(a) + of(b)
+    }
+
+    fn tend(&mut self, p: u32) {
+        let peer = self.peer(p);
+        if !peer.alive || peer.wanting().is_empty() {
+            return;
+        }
+        self.dial(p);
+        let few = self.peer(p).ways.len() < self.plan.neighbours / 2;
+        if few && self.peer(p).next_search <= self.now {
+            self.search(p);
+        }
+        let at = self.now + TEND;
+        self.agenda.plan(at, Event::Tend(p));
+    }
+
+    fn tick(&mut self, p: u32) {
+        let (now, at) = (self.moment(), self.now);
+        let peer = self.peer(p);
+        if peer.tick_at == Some(at) {
+            peer.tick_at = None;
+            if peer.alive && peer.due(at).is_some_and(|due| due <= at) {
+                peer.swarms.iter_mut().for_each(|(_, s)| s.tick(now));
+                peer.sharing.tick(now);
+            }
+            self.act(p);
+        }
+    }
+
+    fn connect(&mut self, a: u32, b: u32) {
+        let (now, delay) = (self.moment(), self.delay(a, b));
+        let hates = |a: &Peer, b: u32| a.banned.contains(&b) || a.ways.contains_key(&b);
+        if !self.peer(a).alive
+            || !self.peer(b).alive
+            || hates(self.peer(a), b)
+            || hates(self.peer(b), a)
+            || self.plan.walls.contains(&(a.min(b) as usize, a.max(b) as usize))
         {
             return;
         }
-        self.lives += 1;
-        let now = self.moment();
-        for (p, o) in [(a, b), (b, a)] {
-            let rate = self.peers[p].person.line.up.min(self.peers[o].person.line.down);
-            let flight =
-                (u128::from(rate) * u128::from(3 * self.delay(p, o)) / 1_000_000_000) as u64;
-            let peer = &mut self.peers[p];
-            peer.connected.insert(o, self.lives);
-            peer.sockets.insert(o, Socket { window: WINDOW + flight, ..Socket::default() });
-            peer.sharing.on_host(now, Host(o as u32), peer_id(o));
-            let wanted: Vec<u32> =
-                peer.swarms.iter().filter(|(_, s)| !s.is_complete()).map(|(c, _)| *c).collect();
-            for content in wanted {
-                self.say(p, o, Frame::Open(content));
+        let first = self.ways.len() as u32;
+        for (p, o, way, back) in [(a, b, first, first + 1), (b, a, first + 1, first)] {
+            let (peer, other) = (&self.peers[p as usize].person, &self.peers[o as usize].person);
+            let rate = peer.line.up.min(other.line.down);
+            let mut new = Way::new(p, o, back, delay, rate);
+            new.of_seed = other.holds.iter().fold(0, |bits, content| bits | 1 << content);
+            self.ways.push(new);
+            let peer = self.peer(p);
+            peer.ways.insert(o, way);
+            peer.sharing.on_host(now, Host(o), peer::peer_id(o));
+        }
+        for (p, way) in [(a, first), (b, first + 1)] {
+            for content in self.peer(p).wanting() {
+                self.say(way, Frame::Open(content));
             }
         }
         self.note(1, a, b);
@@ -523,138 +594,142 @@ impl World {
         self.act(b);
     }
 
-    fn disconnect(&mut self, a: usize, b: usize) {
+    fn disconnect(&mut self, way: u32) {
+        let (now, again) = (self.moment(), self.now + AGAIN);
+        for way in [way, self.ways[way as usize].back] {
+            let from = self.way(way);
+            let (p, o) = (from.from, from.to);
+            from.close();
+            let peer = self.peer(p);
+            peer.ways.remove(&o);
+            peer.ring.retain(|w| *w != way);
+            peer.known.entry(o).and_modify(|at| *at = again);
+            peer.sharing.on_gone(now, Host(o));
+            peer.swarms.iter_mut().for_each(|(_, s)| s.on_gone(now, Host(o)));
+        }
+    }
+
+    fn say(&mut self, way: u32, frame: Frame) {
+        let from = &mut self.ways[way as usize];
+        if !from.is_open {
+            return;
+        }
+        let peer = &mut self.peers[from.from as usize];
+        // Behind what its socket holds, which goes in turn with the others'; an empty one has its turn
+        // after one chunk of each.
+        let others = peer.ring.len() as u64;
+        let ahead = match from.unsent() {
+            0 => others * u64::from(CHUNK),
+            unsent => unsent * others.max(1),
+        };
+        let size = frame.size();
+        let time = (ahead + size) * 1_000_000_000 / peer.person.line.up;
+        peer.owed += size;
+        from.said = from.said.max(self.now.max(peer.free_at) + time + from.delay);
+        self.agenda.plan(from.said, Event::Says(way, frame));
+    }
+
+    /// Fills the send buffer.
+    fn pump(&mut self, way: u32) {
         let now = self.moment();
-        for (p, o) in [(a, b), (b, a)] {
-            let peer = &mut self.peers[p];
-            if peer.connected.remove(&o).is_none() {
-                continue;
+        let (from, mut any) = (&mut self.ways[way as usize], false);
+        if !from.is_open {
+            return;
+        }
+        let was = from.unblocks();
+        let (p, to) = (from.from, from.to);
+        while let Some(ends) = self.ways[way as usize].write(self.now, self.plan.chunk) {
+            if let Some(part) = ends {
+                any = true;
+                self.peer(p).sharing.on_sent(now, Host(to), part.content, part.piece);
             }
-            peer.sockets.remove(&o);
-            peer.ring.retain(|to| *to != o);
-            peer.shown.retain(|(to, _)| *to != o);
-            peer.opened.retain(|(to, _)| *to != o);
-            peer.sharing.on_gone(now, Host(o as u32));
-            peer.swarms.values_mut().for_each(|s| s.on_gone(now, Host(o as u32)));
         }
-    }
-
-    fn die(&mut self, p: usize) {
-        self.note(2, p, 0);
-        self.peers[p].alive = false;
-        let others: Vec<usize> = self.peers[p].connected.keys().copied().collect();
-        for other in others {
-            self.disconnect(p, other);
-            self.act(other);
+        let (from, peer) = (&mut self.ways[way as usize], &mut self.peers[p as usize]);
+        if !from.is_queued && from.has_chunks() {
+            from.is_queued = true;
+            peer.ring.push_back(way);
         }
-    }
-
-    fn say(&mut self, from: usize, to: usize, frame: Frame) {
-        if let Some(socket) = self.peers[from].sockets.get_mut(&to) {
-            socket.control.push_back(frame);
-            self.pump(from, to);
+        if let (None, Some(at)) = (was.filter(|at| *at > self.now), from.unblocks()) {
+            self.agenda.plan(at, Event::Writable(way));
         }
-    }
-
-    /// Fills the send buffer: control frames first, then the piece under way, then the next.
-    fn pump(&mut self, from: usize, to: usize) {
-        let mut sent = Vec::new();
-        let peer = &mut self.peers[from];
-        let Some(socket) = peer.sockets.get_mut(&to) else { return };
-        while socket.unacknowledged < socket.window && socket.unsent < UNSENT {
-            let chunk = if let Some((content, piece, left)) = socket.writing {
-                let bytes = left.min(CHUNK);
-                let last = bytes == left;
-                socket.writing = (!last).then_some((content, piece, left - bytes));
-                if last {
-                    sent.push((content, piece));
-                    peer.served += 1;
-                }
-                let bad = match peer.person.nature {
-                    Nature::Poisoner { after, every } => {
-                        peer.served > after && peer.served.is_multiple_of(every)
-                    }
-                    _ => false,
-                };
-                peer.sent += u64::from(bytes);
-                Chunk { bytes, ends: last.then_some(Frame::Piece { content, piece, bad }) }
-            } else if let Some(frame) = socket.control.pop_front() {
-                Chunk { bytes: frame.size(), ends: Some(frame) }
-            } else if let Some(next) = socket.pieces.pop_front() {
-                socket.writing = Some(next);
-                continue;
-            } else {
-                break;
-            };
-            socket.unacknowledged += u64::from(chunk.bytes);
-            socket.unsent += u64::from(chunk.bytes);
-            socket.buffer.push_back(chunk);
-        }
-        if !socket.queued && !socket.buffer.is_empty() {
-            socket.queued = true;
-            peer.ring.push_back(to);
-        }
-        self.uplink(from);
-        let now = self.moment();
-        for (content, piece) in &sent {
-            self.peers[from].sharing.on_sent(now, Host(to as u32), *content, *piece);
-        }
-        if !sent.is_empty() {
-            let all: u64 = self.layouts.iter().map(|l| l.total()).sum();
-            if self.peers[from].sent >= all * (self.peers[from].copies_at.len() as u64 + 1) {
-                self.peers[from].copies_at.push(Duration::from_nanos(self.now));
-            }
-            if let Death::AfterCopies(thousandths) = self.peers[from].person.dies
-                && self.peers[from].sent * 1_000 >= all * thousandths
-            {
-                self.plan_at(self.now, Event::Die(from));
-                self.peers[from].person.dies = Death::Never;
-            }
-            self.act(from);
+        self.uplink(p);
+        if any {
+            self.act(p);
         }
     }
 
     /// Puts the next chunk on the line, a socket after the other.
-    fn uplink(&mut self, p: usize) {
-        let peer = &mut self.peers[p];
-        if peer.uplink_busy {
+    fn uplink(&mut self, p: u32) {
+        let now = self.now;
+        let peer = &mut self.peers[p as usize];
+        if peer.on_line.is_some() {
             return;
         }
-        let Some(to) = peer.ring.pop_front() else { return };
-        let Some(socket) = peer.sockets.get_mut(&to) else { return };
-        let Some(chunk) = socket.buffer.pop_front() else { return };
-        socket.unsent -= u64::from(chunk.bytes);
-        socket.queued = !socket.buffer.is_empty();
-        if socket.queued {
-            peer.ring.push_back(to);
+        let Some(way) = peer.ring.pop_front() else { return };
+        let from = &mut self.ways[way as usize];
+        let Some(chunk) = from.take() else { return };
+        from.is_queued = from.has_chunks();
+        if from.is_queued {
+            peer.ring.push_back(way);
         }
-        peer.uplink_busy = true;
-        let took = u64::from(chunk.bytes) * 1_000_000_000 / peer.person.line.up;
-        let Some(life) = peer.connected.get(&to).copied() else { return };
-        let arrives = self.now + took + self.delay(p, to);
-        self.plan_at(self.now + took, Event::UplinkFree(p, to));
-        self.plan_at(arrives, Event::Arrives { from: p, to, life, chunk });
+        let owed = std::mem::take(&mut peer.owed);
+        let mut took = (u64::from(chunk.bytes) + owed) * 1_000_000_000 / peer.person.line.up;
+        if let Nature::Stalling { every, lasts } = peer.person.nature {
+            let (every, lasts) = (nanos(every), nanos(lasts));
+            let phase = now % (every + lasts);
+            took += if phase >= every { every + lasts - phase } else { 0 };
+        }
+        let mut bad = false;
+        peer.sent += u64::from(chunk.bytes);
+        if let Some(part) = chunk.ends {
+            peer.served += 1;
+            if let Nature::Poisoner { after, every } = peer.person.nature {
+                bad = peer.served > after && peer.served.is_multiple_of(every);
+            }
+            if peer.person.holds.contains(&part.content) {
+                self.left_home[part.content as usize].insert(part.piece);
+            }
+        }
+        (peer.on_line, peer.free_at) = (Some(way), now + took);
+        let (bytes, ends) = (chunk.bytes, chunk.ends.map(|part| (part, bad)));
+        self.agenda.plan(now + took + from.delay, Event::Arrives { way, bytes, ends });
+        self.agenda.plan(now + took, Event::Sent(p));
+        let all: u64 = self.layouts.iter().map(|l| l.total()).sum();
+        if peer.sent >= all * (peer.copies_at.len() as u64 + 1) {
+            peer.copies_at.push(Duration::from_nanos(now));
+        }
+        if let Death::AfterCopies(thousandths) = peer.person.dies
+            && peer.sent * 1_000 >= all * thousandths
+        {
+            peer.person.dies = Death::Never;
+            self.agenda.plan(now + took + from.delay, Event::Die(p));
+        }
     }
 
-    fn receive(&mut self, from: usize, to: usize, frame: Frame) {
-        let (now, host) = (self.moment(), Host(from as u32));
-        let peer = &mut self.peers[to];
+    fn hear(&mut self, way: u32, frame: Frame) {
+        let now = self.moment();
+        let (from, to, back) = {
+            let way = self.way(way);
+            (way.from, way.to, way.back)
+        };
+        let (host, peer) = (Host(from), &mut self.peers[to as usize]);
         match frame {
             Frame::Open(content) => {
                 if peer.shares(content) {
-                    peer.opened.insert((from, content));
-                    self.say(to, from, Frame::Opened(content));
-                    self.peers[to].sharing.on_open(now, host, content);
+                    self.way(back).opened |= 1 << content;
+                    self.say(back, Frame::Opened(content));
+                    self.tell_of_hosts(back, content);
+                    self.peer(to).sharing.on_open(now, host, content);
                 }
             }
+            Frame::Hosts(hosts) => self.learn(to, hosts),
             Frame::Opened(content) => {
-                if let Some(swarm) = peer.swarms.get_mut(&content) {
+                let hoards = peer.person.nature == Nature::Hoarder;
+                if let Some(swarm) = peer.swarm(content) {
                     swarm.on_host(now, host);
-                    let have = match peer.person.nature {
-                        Nature::Hoarder => Bitfield::none(swarm.have().len()),
-                        _ => swarm.have().clone(),
-                    };
-                    self.say(to, from, Frame::TheirHave(content, have));
+                    let none = || Bitfield::none(swarm.have().len());
+                    let have = if hoards { none() } else { swarm.have().clone() };
+                    self.say(back, Frame::TheirHave(content, Box::new(have)));
                 }
             }
             Frame::TheirHave(content, have) => {
@@ -666,80 +741,106 @@ impl World {
             Frame::Want(content, pieces) => match peer.person.nature {
                 Nature::Silent | Nature::Hoarder => {}
                 Nature::Busy => {
-                    self.say(to, from, Frame::Busy(content, pieces, Duration::from_millis(10)));
+                    self.say(back, Frame::Busy(content, pieces, Duration::from_millis(10)));
                 }
-                Nature::Honest | Nature::Poisoner { .. } => {
-                    peer.sharing.on_want(now, host, content, &pieces);
-                }
+                _ => peer.sharing.on_want(now, host, content, &pieces),
             },
             Frame::Cancel(content, pieces) => peer.sharing.on_cancel(now, host, content, &pieces),
             Frame::Close(content) => {
-                peer.opened.remove(&(from, content));
-                peer.shown.remove(&(from, content));
                 peer.sharing.on_closed(now, host, content);
-                if let Some(socket) = peer.sockets.get_mut(&from) {
-                    socket.pieces.retain(|(c, ..)| *c != content);
-                }
+                let back = self.way(back);
+                back.opened &= !(1 << content);
+                back.shown &= !(1 << content);
+                back.pieces.retain(|part| part.content != content);
             }
             Frame::Have(content, have) => {
-                peer.with_swarm(content, |swarm| swarm.on_have(now, host, &have));
-            }
-            Frame::HaveMore(content, pieces) => {
-                peer.with_swarm(content, |swarm| swarm.on_have_more(now, host, &pieces));
-            }
-            Frame::Busy(content, pieces, wait) => {
-                peer.with_swarm(content, |swarm| swarm.on_busy(now, host, &pieces, wait));
-            }
-            Frame::Grant(content, pieces) => {
-                if peer.person.nature != Nature::Hoarder {
-                    peer.with_swarm(content, |swarm| swarm.on_granted(now, host, &pieces));
+                if let Some(swarm) = peer.swarm(content) {
+                    swarm.on_have(now, host, &have);
                 }
             }
-            Frame::Piece { content, piece, bad } => {
-                let at = self.now + VERIFY;
-                self.plan_at(at, Event::Verified { from, to, content, piece, bad });
+            Frame::HaveMore(content, pieces) => {
+                if let Some(swarm) = peer.swarm(content) {
+                    swarm.on_have_more(now, host, &pieces);
+                }
+            }
+            Frame::Busy(content, pieces, wait) => {
+                if let Some(swarm) = peer.swarm(content) {
+                    swarm.on_busy(now, host, &pieces, wait);
+                }
+            }
+            Frame::Grant(content, pieces) => {
+                if peer.person.nature != Nature::Hoarder
+                    && let Some(swarm) = peer.swarm(content)
+                {
+                    swarm.on_granted(now, host, &pieces);
+                }
             }
         }
     }
 
-    fn verified(&mut self, from: usize, to: usize, content: u32, piece: Piece, bad: bool) {
+    /// Who opens a content hears of others who have it open here.
+    fn tell_of_hosts(&mut self, way: u32, content: u32) {
+        let (p, to) = (self.way(way).from, self.way(way).to);
+        let open = |w: &u32| self.ways[*w as usize].opened >> content & 1 == 1;
+        let ways = self.peers[p as usize].ways.iter();
+        let others = ways.filter(|(o, w)| **o != to && open(w)).map(|(o, _)| *o);
+        let (mut others, mut hosts) = (others.collect::<Vec<u32>>(), Vec::new());
+        while hosts.len() < MOST_TOLD && !others.is_empty() {
+            hosts.push(others.swap_remove(self.dice.below(others.len() as u64) as usize));
+        }
+        if !hosts.is_empty() {
+            self.say(way, Frame::Hosts(hosts));
+        }
+    }
+
+    fn verified(&mut self, way: u32, part: Part, bad: bool) {
         let now = self.moment();
-        self.note(3, to, piece.0 as usize);
-        let peer = &mut self.peers[to];
-        if !peer.alive || !peer.connected.contains_key(&from) {
+        let Way { from, to, is_open, .. } = self.ways[way as usize];
+        self.note(3, to, part.piece.0);
+        if !is_open {
             return; // a connection that sent one bad piece is read no further
         }
-        let Some(swarm) = peer.swarms.get_mut(&content) else { return };
-        let arrived = match (bad, swarm.have().has(piece)) {
+        let bytes = self.layouts[part.content as usize].len_of(part.piece);
+        let peer = &mut self.peers[to as usize];
+        let Some(swarm) = peer.swarm(part.content) else { return };
+        let arrived = match (bad, swarm.have().has(part.piece)) {
             (true, _) => Arrived::Bad,
             (false, true) => Arrived::Duplicate,
             (false, false) => Arrived::New,
         };
-        if bad {
-            *self.bad.entry((to, from)).or_default() += 1;
+        swarm.on_piece(now, Host(from), part.piece, arrived);
+        match arrived {
+            Arrived::Bad => *self.bad.entry((to as usize, from as usize)).or_default() += 1,
+            Arrived::Duplicate => peer.duplicate += u64::from(bytes),
+            _ => {
+                let (held, all) = peer.progress();
+                if peer.nearly.is_none() && u64::from(held) * 100 >= u64::from(all) * 99 {
+                    peer.nearly = Some(Duration::from_nanos(self.now));
+                }
+                self.had += u64::from(bytes);
+                if self.had * 10 >= self.wanted * (self.tenths.len() as u64 + 1) {
+                    self.tenths.push(Duration::from_nanos(self.now));
+                }
+            }
         }
-        if arrived == Arrived::Duplicate {
-            peer.duplicate += u64::from(self.layouts[content as usize].len_of(piece));
-        }
-        swarm.on_piece(now, Host(from as u32), piece, arrived);
     }
 
     /// Carries out what a peer's machines ask for.
-    fn act(&mut self, p: usize) {
-        if !self.peers[p].alive {
+    fn act(&mut self, p: u32) {
+        if !self.peer(p).alive {
             return;
         }
         loop {
             let mut quiet = true;
-            let contents: Vec<u32> = self.peers[p].swarms.keys().copied().collect();
-            for content in contents {
-                let next = |peer: &mut Peer| peer.swarms.get_mut(&content)?.poll_output();
-                while let Some(output) = next(&mut self.peers[p]) {
+            for n in 0..self.peer(p).swarms.len() {
+                loop {
+                    let (content, swarm) = &mut self.peer(p).swarms[n];
+                    let (content, Some(output)) = (*content, swarm.poll_output()) else { break };
                     quiet = false;
                     self.fetch(p, content, output);
                 }
             }
-            while let Some(output) = self.peers[p].sharing.poll_output() {
+            while let Some(output) = self.peer(p).sharing.poll_output() {
                 quiet = false;
                 self.serve(p, output);
             }
@@ -748,164 +849,124 @@ impl World {
             }
         }
         if self.plan.check_every > 0 && self.handled.is_multiple_of(self.plan.check_every) {
-            self.peers[p].swarms.values().for_each(Swarm::check);
-            self.peers[p].sharing.check();
+            self.peer(p).swarms.iter().for_each(|(_, s)| s.check());
+            self.peer(p).sharing.check();
         }
-        let peer = &mut self.peers[p];
-        let due = peer.swarms.values().filter_map(Swarm::next_deadline);
-        let due = due.chain(peer.sharing.next_deadline()).min().map(|at| at.as_micros() * 1_000);
-        if let Some(at) = due.map(|at| at.max(self.now + 1_000))
+        // Machines set their deadlines anew at every event: it is enough to look now and then.
+        let now = self.now;
+        let peer = self.peer(p);
+        let again = peer.looked + LOOK;
+        let due = if now < again && peer.tick_at.is_some() { Some(again) } else { peer.due(now) };
+        if let Some(at) = due.map(|at| at.max(now + 1_000))
             && peer.tick_at.is_none_or(|planned| at < planned)
         {
             peer.tick_at = Some(at);
-            self.plan_at(at, Event::Tick(p));
+            self.agenda.plan(at, Event::Tick(p));
         }
     }
 
-    fn fetch(&mut self, p: usize, content: u32, output: swarm::Output) {
+    fn say_to(&mut self, p: u32, host: Host, frame: Frame) {
+        if let Some(way) = self.peer(p).ways.get(&host.0).copied() {
+            self.say(way, frame);
+        }
+    }
+
+    fn fetch(&mut self, p: u32, content: u32, output: swarm::Output) {
         match output {
             swarm::Output::Ask { host, pieces } => {
-                self.say(p, host.0 as usize, Frame::Want(content, pieces));
+                self.say_to(p, host, Frame::Want(content, pieces));
             }
             swarm::Output::Cancel { host, pieces } => {
-                self.say(p, host.0 as usize, Frame::Cancel(content, pieces));
+                self.say_to(p, host, Frame::Cancel(content, pieces));
             }
             swarm::Output::Drop { host, why } => {
-                let other = host.0 as usize;
-                self.dropped.push((p, other, why));
-                match why {
-                    Why::Poison => {
-                        self.peers[p].banned.insert(other);
-                        self.disconnect(p, other);
-                        self.act(other);
-                    }
-                    Why::Silent => self.say(p, other, Frame::Close(content)),
+                self.dropped.push((p as usize, host.0 as usize, why));
+                if why == Why::Poison {
+                    self.peer(p).banned.insert(host.0);
+                }
+                if let Some(way) = self.peer(p).ways.get(&host.0).copied() {
+                    self.disconnect(way);
+                    self.act(host.0);
                 }
             }
-            swarm::Output::Announce(pieces) => {
-                self.peers[p].sharing.on_held(content, &pieces);
-                let shown: Vec<usize> = self.peers[p].shown_to(content);
-                for other in shown {
-                    self.say(p, other, Frame::HaveMore(content, pieces.clone()));
-                }
-                let hosts: Vec<usize> = self.peers[p].connected.keys().copied().collect();
-                for other in hosts {
-                    self.say(p, other, Frame::TheirHaveMore(content, pieces.clone()));
+            swarm::Output::Announce(pieces) => self.announce(p, content, &pieces),
+            swarm::Output::NeedHosts => {
+                if self.peer(p).next_search <= self.now + SEARCH_EVERY / 2 {
+                    self.search(p);
                 }
             }
-            swarm::Output::NeedHosts => self.search(p),
-            swarm::Output::Complete => {
-                let hosts: Vec<usize> = self.peers[p].connected.keys().copied().collect();
-                for other in hosts {
-                    self.say(p, other, Frame::Close(content));
-                }
-                let peer = &mut self.peers[p];
-                if peer.swarms.values().all(Swarm::is_complete) {
-                    peer.done.get_or_insert(Duration::from_nanos(self.now));
-                }
+            swarm::Output::Complete => self.complete(p, content),
+        }
+    }
+
+    fn announce(&mut self, p: u32, content: u32, pieces: &[Piece]) {
+        self.peer(p).sharing.on_held(content, pieces);
+        let pieces: std::rc::Rc<[Piece]> = pieces.into();
+        let ways: Vec<u32> = self.peer(p).ways.values().copied().collect();
+        for way in ways {
+            let to = &self.ways[way as usize];
+            let (shown, of_seed) = (to.shown >> content & 1 == 1, to.of_seed >> content & 1 == 1);
+            if shown {
+                self.say(way, Frame::HaveMore(content, pieces.clone()));
+            }
+            // Nobody else makes use of it.
+            if of_seed {
+                self.say(way, Frame::TheirHaveMore(content, pieces.clone()));
+            }
+        }
+        if !self.peer(p).registered.contains(&content) {
+            let held = self.peer(p).have(content).map_or(0, Bitfield::thousandths);
+            self.register(p, content, held);
+        }
+    }
+
+    fn complete(&mut self, p: u32, content: u32) {
+        let ways: Vec<u32> = self.peer(p).ways.values().copied().collect();
+        ways.into_iter().for_each(|way| self.say(way, Frame::Close(content)));
+        self.register(p, content, HELD_ALL);
+        let now = self.now;
+        let peer = self.peer(p);
+        if peer.wanting().is_empty() && peer.done.is_none() {
+            let waited_for = peer.is_waited_for();
+            peer.done = Some(Duration::from_nanos(now));
+            self.unfinished -= usize::from(waited_for);
+            if self.peer(p).person.dies == Death::WhenDone {
+                self.agenda.plan(now, Event::Die(p));
             }
         }
     }
 
-    fn serve(&mut self, p: usize, output: sharing::Output) {
+    fn serve(&mut self, p: u32, output: sharing::Output) {
         match output {
             sharing::Output::Serve { host, content, piece } => {
-                assert!(
-                    self.peers[p].holds(content, piece),
-                    "{p} serves {piece:?}, which it has not"
-                );
-                let bytes = self.layouts[content as usize].len_of(piece);
-                let to = host.0 as usize;
-                if let Some(socket) = self.peers[p].sockets.get_mut(&to) {
-                    socket.pieces.push_back((content, piece, bytes));
-                    self.pump(p, to);
+                assert!(self.peer(p).holds(content, piece), "{p} has no {piece:?} to serve");
+                let left = self.layouts[content as usize].len_of(piece);
+                if let Some(way) = self.peer(p).ways.get(&host.0).copied() {
+                    self.way(way).pieces.push_back(Part { content, piece, left });
+                    self.pump(way);
                 }
             }
             sharing::Output::Busy { host, content, pieces, wait } => {
-                self.say(p, host.0 as usize, Frame::Busy(content, pieces, wait));
+                self.say_to(p, host, Frame::Busy(content, pieces, wait));
             }
             sharing::Output::Grant { host, content, pieces } => {
-                self.say(p, host.0 as usize, Frame::Grant(content, pieces));
+                self.say_to(p, host, Frame::Grant(content, pieces));
             }
             sharing::Output::ShowHave { host, content } => {
-                let to = host.0 as usize;
-                self.peers[p].shown.insert((to, content));
-                let have = self.peers[p].claims(content, self.layouts[content as usize].pieces());
-                self.say(p, to, Frame::Have(content, have));
+                let Some(way) = self.peer(p).ways.get(&host.0).copied() else { return };
+                self.way(way).shown |= 1 << content;
+                let pieces = self.layouts[content as usize].pieces();
+                let have = self.peer(p).claims(content, pieces);
+                self.say(way, Frame::Have(content, Box::new(have)));
             }
         }
     }
 }
 
-impl Peer {
-    fn new(person: &Person, layouts: &[Arc<Layout>], dice: &mut Dice) -> Self {
-        let mut sharing = Sharing::new(dice.next());
-        let mut swarms = BTreeMap::new();
-        for content in &person.holds {
-            let layout = &layouts[*content as usize];
-            let all = Bitfield::all(layout.pieces());
-            sharing.add(*content, Arc::clone(layout), &all, true);
-        }
-        for content in &person.wants {
-            let layout = &layouts[*content as usize];
-            let none = Bitfield::none(layout.pieces());
-            sharing.add(*content, Arc::clone(layout), &none, false);
-            swarms.insert(*content, Swarm::new(Arc::clone(layout), none, dice.next()));
-        }
-        Self {
-            person: person.clone(),
-            alive: false,
-            swarms,
-            sharing,
-            connected: BTreeMap::new(),
-            shown: BTreeSet::new(),
-            opened: BTreeSet::new(),
-            banned: BTreeSet::new(),
-            sockets: BTreeMap::new(),
-            ring: VecDeque::new(),
-            uplink_busy: false,
-            downlink_free: 0,
-            tick_at: None,
-            served: 0,
-            sent: 0,
-            duplicate: 0,
-            copies_at: Vec::new(),
-            done: person.wants.is_empty().then_some(Duration::ZERO),
-        }
-    }
-
-    fn shares(&self, content: u32) -> bool {
-        self.person.holds.contains(&content) || self.swarms.contains_key(&content)
-    }
-
-    fn holds(&self, content: u32, piece: Piece) -> bool {
-        self.person.holds.contains(&content)
-            || self.swarms.get(&content).is_some_and(|s| s.have().has(piece))
-    }
-
-    /// What it says it holds.
-    fn claims(&self, content: u32, pieces: u32) -> Bitfield {
-        match (self.person.nature, self.swarms.get(&content)) {
-            (Nature::Honest, Some(swarm)) => swarm.have().clone(),
-            _ => Bitfield::all(pieces),
-        }
-    }
-
-    fn shown_to(&self, content: u32) -> Vec<usize> {
-        self.shown.iter().filter(|(_, c)| *c == content).map(|(to, _)| *to).collect()
-    }
-
-    fn with_swarm(&mut self, content: u32, tell: impl FnOnce(&mut Swarm)) {
-        if let Some(swarm) = self.swarms.get_mut(&content) {
-            tell(swarm);
-        }
-    }
-}
-
-fn peer_id(p: usize) -> PeerId {
-    let mut id = [0; 32];
-    id[..8].copy_from_slice(&(p as u64).to_be_bytes());
-    PeerId(id)
+fn content_id(content: u32) -> ContentId {
+    let mut hash = [0; 32];
+    hash[..4].copy_from_slice(&content.to_be_bytes());
+    ContentId::file(hash)
 }
 
 const fn nanos(time: Duration) -> Nanos {

@@ -219,10 +219,15 @@ impl Neighbour {
         Some(self.turn.max(self.coming.unwrap_or_default()) + patience)
     }
 
-    /// Whether the answer that is due takes so long that others should be asked ahead instead.
-    pub(super) fn lags(&self, now: Moment) -> bool {
+    /// When the answer that is due will have taken so long that others should be asked ahead instead.
+    pub(super) fn lags_at(&self) -> Option<Moment> {
         let usual = self.usual.unwrap_or_default();
-        self.waited(now).is_some_and(|waited| waited > LAGS.max(usual * 2))
+        (!self.asked.is_empty()).then(|| self.turn + LAGS.max(usual * 2))
+    }
+
+    /// Whether that time has come.
+    pub(super) fn lags(&self, now: Moment) -> bool {
+        self.lags_at().is_some_and(|at| at <= now)
     }
 
     /// How long the answer that is due has been waited for.

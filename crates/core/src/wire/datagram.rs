@@ -2,6 +2,9 @@
 //! datagram. Never seals, opens or sends (see `seal`).
 
 use std::net::SocketAddr;
+use std::sync::LazyLock;
+
+use blake3::hazmat::HasherExt;
 
 use super::bytes::{Malformed, Reader, Writer, numbers};
 use crate::id::{ContentId, Name, PeerId, RequestId, Version};
@@ -104,7 +107,10 @@ pub fn digest_of(item: &Item) -> u128 {
 
 /// [`digest_of`] an item, from what of it counts: the name and version are those of its record.
 pub fn digest_part(id: &ContentId, size: u64, named: Option<(&Name, Version)>) -> u128 {
-    let mut hasher = blake3::Hasher::new_derive_key("potluck 2026 registration digest v1");
+    static CONTEXT: LazyLock<blake3::hazmat::ContextKey> = LazyLock::new(|| {
+        blake3::hazmat::hash_derive_key_context("potluck 2026 registration digest v1")
+    });
+    let mut hasher = blake3::Hasher::new_from_context_key(&CONTEXT);
     hasher.update(&[u8::from(id.kind == crate::id::Kind::Folder)]);
     hasher.update(&id.hash);
     hasher.update(&size.to_be_bytes());
@@ -345,7 +351,8 @@ impl Request {
 
     /// The plaintext of its datagram: the request id, the body. Lists must have been packed to fit.
     pub fn encode(&self, id: RequestId) -> Vec<u8> {
-        let mut out = begin(Some(id));
+        let mut out = Vec::with_capacity(USUAL_BYTES);
+        out.u64(id.0);
         match self {
             Self::Register(register) => register.write(&mut out),
             Self::Search(search) => search.write(&mut out),
@@ -410,9 +417,17 @@ impl Reply {
     /// The plaintext of its datagram: the id of the request it answers, the body. Lists must have
     /// been packed to fit.
     pub fn encode(&self, to: RequestId) -> Vec<u8> {
-        let mut out = begin(Some(to));
+        let mut out = Vec::with_capacity(USUAL_BYTES);
+        self.write(to, &mut out);
+        out
+    }
+
+    /// Appends its plaintext.
+    pub fn write(&self, to: RequestId, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.u64(to.0);
         match self {
-            Self::Ack(ack) => ack.write(&mut out),
+            Self::Ack(ack) => ack.write(out),
             Self::Error(refusal) => {
                 out.u16(refusal.code as u16);
                 out.u8(refusal.cookie.is_some().into());
@@ -422,8 +437,7 @@ impl Reply {
                 out.text8(&refusal.text);
             }
         }
-        debug_assert!(out.len() <= MAX_PLAINTEXT, "a reply was packed too full");
-        out
+        debug_assert!(out.len() - start <= MAX_PLAINTEXT, "a reply was packed too full");
     }
 
     /// Reads the plaintext of a datagram headed `kind`.
@@ -447,12 +461,18 @@ impl Reply {
 impl Notice {
     /// The plaintext of its datagram. Rows must have been packed to fit.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = begin(None);
+        let mut out = Vec::with_capacity(USUAL_BYTES);
+        self.write(&mut out);
+        out
+    }
+
+    /// Appends its plaintext.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        let start = out.len();
         out.u64(self.before);
         out.u64(self.after);
-        write_rows(&self.rows, &mut out);
-        debug_assert!(out.len() <= MAX_PLAINTEXT, "a notice was packed too full");
-        out
+        write_rows(&self.rows, out);
+        debug_assert!(out.len() - start <= MAX_PLAINTEXT, "a notice was packed too full");
     }
 
     /// Reads the plaintext of a datagram headed `N`.
@@ -479,14 +499,6 @@ const ROW_BYTES: usize = 1 + CONTENT_BYTES + 8 + 4 + 4;
 const HOST_BYTES: usize = 32 + 1 + 4 + 2 + 2 + 2;
 /// What most plaintexts fit, so that they are allocated once.
 const USUAL_BYTES: usize = 256;
-
-fn begin(id: Option<RequestId>) -> Vec<u8> {
-    let mut out = Vec::with_capacity(USUAL_BYTES);
-    if let Some(id) = id {
-        out.u64(id.0);
-    }
-    out
-}
 
 fn within(plaintext: &[u8]) -> Result<Reader<'_>, Malformed> {
     if plaintext.len() > MAX_PLAINTEXT {

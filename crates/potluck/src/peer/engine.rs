@@ -409,7 +409,7 @@ impl Engine {
             Phase::Whole(replica) => (replica, HELD_ALL),
             Phase::Fetching(fetch) => {
                 let replica = fetch.replica.as_ref()?;
-                (replica, replica.have().thousandths())
+                (replica, replica.thousandths())
             }
             Phase::Lost { .. } => return None,
         };

@@ -487,7 +487,7 @@ impl Engine {
             self.tell_all(content, |channel| Command::HaveMore { channel, pieces: some.to_vec() });
         }
         let Some(fetch) = self.fetch_mut(content) else { return };
-        let held = fetch.replica.as_ref().map_or(0, |replica| replica.have().thousandths());
+        let held = fetch.replica.as_ref().map_or(0, |replica| replica.thousandths());
         if !std::mem::replace(&mut fetch.registered, true) {
             return self.register(content);
         }

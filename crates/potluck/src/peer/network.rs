@@ -414,6 +414,7 @@ fn open_index(settings: &Settings, listen: Option<SocketAddr>) -> Result<Index> 
     Index::open(&IndexSettings {
         listen,
         advertise: settings.advertise.clone(),
+        workers: 1,
         ..IndexSettings::new(&settings.state)
     })
 }

@@ -381,6 +381,13 @@ pub(super) fn preallocate(file: &File, size: u64) -> io::Result<()> {
     }
 }
 
+/// Makes a hole of this range, which reads as zeroes and takes no room. False where the file system
+/// cannot.
+pub(super) fn punch(file: &File, offset: u64, len: u64) -> bool {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, flags, offset, len).is_ok()
+}
+
 /// Whether a file lies in memory. A disk's file system gives a gigabyte in a millisecond by noting
 /// where it is; one in memory clears every page of it, a quarter of a second in which nothing flows.
 fn is_memory(file: &File) -> bool {

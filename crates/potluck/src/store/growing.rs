@@ -21,7 +21,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use super::content::Content;
 use super::files::{
     For, Looks, OpenFiles, Stamp, lock, make_folder, open_beneath, open_file, open_file_to_update,
-    open_folder, part_path, preallocate, read_exact_at, remove_any, rename_new, rename_over,
+    open_folder, part_path, preallocate, punch, read_exact_at, remove_any, rename_new, rename_over,
     sync_folder, walk, write_all_at,
 };
 use super::journal::{Journal, Record};
@@ -178,12 +178,21 @@ impl Growing {
         lock(&self.at).clone()
     }
 
-    /// Writes a piece at its place; not durable yet.
+    /// Writes a piece at its place; not durable yet. Where nothing but zeroes are to be, a hole is as
+    /// good: sparse files (disk images, databases) stay so.
     pub(super) fn write(&self, piece: Piece, parts: &[&[u8]]) -> io::Result<()> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
         let failed_before = self.failed_syncs.load(Ordering::Acquire);
         let file = self.file_to_write(place.file)?;
-        write_all_at(&file, parts, place.offset)?;
+        // A file of one piece has no size yet: a hole would not give it one.
+        let has_size = self.content.id.kind == Kind::File
+            || self.content.layout.pieces_of(place.file).len() > 1;
+        if !(has_size
+            && parts.iter().all(|part| is_zero(part))
+            && punch(&file, place.offset, place.len.into()))
+        {
+            write_all_at(&file, parts, place.offset)?;
+        }
         let unsynced = &mut *lock(&self.unsynced);
         unsynced.add(place.file, &file);
         if self.failed_syncs.load(Ordering::Acquire) == failed_before {
@@ -487,6 +496,11 @@ impl Growing {
         *at = new;
         Ok(())
     }
+}
+
+/// Whether all bytes are zero. Nearly always the first few say no.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(1024).all(|some| some.iter().fold(0, |any, byte| any | byte) == 0)
 }
 
 impl Drop for Growing {

@@ -120,6 +120,11 @@ impl Replica {
         lock(&self.have).clone()
     }
 
+    /// How much is held, in thousandths, as [`Bitfield::thousandths`] counts.
+    pub(crate) fn thousandths(&self) -> u16 {
+        lock(&self.have).thousandths()
+    }
+
     /// Whether every piece is held. What was fetched still wants [`Replica::finish`].
     pub(crate) fn is_complete(&self) -> bool {
         lock(&self.have).is_full()
@@ -204,6 +209,7 @@ impl Replica {
         if !good {
             return Err(PutError::BadPiece);
         }
+        self.shared.bell.wait_for_room();
         let state = self.state();
         // Again: finish waits for this lock, and nothing may be written once it has begun.
         if lock(&self.have).has(piece) {

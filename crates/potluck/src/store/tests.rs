@@ -1054,6 +1054,42 @@ fn a_full_disk_is_said_before_or_when_it_happens_and_costs_nothing() {
 }
 
 #[test]
+fn a_sparse_file_stays_sparse_and_its_holes_are_proved_durable_and_taken_up_like_all() {
+    let (from, mut to) = (Bench::new(), Bench::new());
+    fs::create_dir(from.at("disks")).unwrap();
+    for (name, zeroes) in [("disks/image", 400), ("disks/small", 1), ("alone", 400)] {
+        let file = File::create(from.at(name)).unwrap();
+        file.set_len((zeroes * PIECE) as u64).unwrap();
+        if zeroes > 1 {
+            file.write_all_at(&some_bytes(3 * PIECE, 1), (7 * PIECE - 100) as u64).unwrap();
+        }
+    }
+    for name in ["disks", "alone"] {
+        let source = from.share(name);
+        let replica = to.fetch(&source, name).unwrap();
+        let order = shuffled(&source, 1);
+        let (some, rest) = order.split_at(order.len() / 2);
+        carry(&source, &replica, some.iter().copied());
+        to.store().flush().unwrap();
+        to.kill();
+        drop(replica);
+        let replica = to.restart().into_iter().find(|r| r.id() == source.id()).unwrap();
+        assert_eq!(replica.have().count() as usize, some.len());
+        assert_eq!(recheck(&replica), []);
+        carry(&source, &replica, rest.iter().copied());
+        replica.finish().unwrap();
+        assert!(!replica.changed());
+        assert_eq!(recheck(&replica), []);
+    }
+    assert_eq!(tree(&to.at("disks")), tree(&from.at("disks")));
+    assert!(fs::read(to.at("alone")).unwrap() == fs::read(from.at("alone")).unwrap());
+    for name in ["disks/image", "alone"] {
+        let taken = to.at(name).metadata().unwrap().blocks() * 512;
+        assert!(taken <= 5 * PIECE as u64, "{name} takes {taken}");
+    }
+}
+
+#[test]
 fn room_in_memory_is_taken_with_the_pieces_and_promised_to_nobody_else_meanwhile() {
     let Some(disk) = SmallDisk::new(8) else { return };
     let folder = disk.0.path().canonicalize().unwrap();

@@ -255,6 +255,7 @@ impl Thread {
             if (said == 0 || large) && self.up.room() == 0 {
                 return Ok(());
             }
+            timing::lap(Work::Other);
             let before = self.secure.sealed();
             if said > 0 {
                 let n = self.secure.seal(self.session.outbox.plain())?;

@@ -485,6 +485,9 @@ pub(crate) struct Index {
     /// For how long that invitation is good
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
     pub(crate) valid: Duration,
+    /// Threads that answer datagrams [default: one for each core, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) workers: Option<u16>,
     /// Seconds between the reports of its members: short ones are for trying what a loss does.
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 25,
           value_parser = clap::value_parser!(u16).range(1..))]

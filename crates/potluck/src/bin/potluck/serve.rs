@@ -48,13 +48,15 @@ pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
 pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
     cx.must_not_run(Role::Index, "stop it: potluck down --index; or give another --state")?;
     log(cx);
+    let settings = IndexSettings::new(&cx.state);
     let index = Index::open(&IndexSettings {
         listen: args.listen,
         advertise: args.advertise.clone(),
         invite_uses: args.uses,
         invite_valid: args.valid,
         heartbeat_s: args.heartbeat,
-        ..IndexSettings::new(&cx.state)
+        workers: args.workers.map_or(settings.workers, usize::from),
+        ..settings
     })?;
     index.serve_control()?;
     let ready = index.ready();
