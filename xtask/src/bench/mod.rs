@@ -64,7 +64,7 @@ enum What {
     Limits,
     /// Requests that the index answers on one core, against echoes and a BitTorrent tracker
     Index,
-    /// All of these
+    /// All of these but the huge file
     All,
     /// A sparse file (--size): bookkeeping and memory of sharing, restarting, fetching, resuming; not
     /// among all
@@ -99,8 +99,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let under = tempfile::Builder::new().prefix("potluck-bench-").tempdir_in(&dir)?;
     for what in What::value_variants() {
         let what = *what;
-        let all = args.what == What::All && what != What::Huge;
-        if what == What::All || !(all || args.what == what) {
+        let in_all = args.what == What::All && what != What::Huge;
+        if what == What::All || !(in_all || args.what == what) {
             continue;
         }
         let dir = under.path().join(format!("{}", what as u8));

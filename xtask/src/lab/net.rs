@@ -81,8 +81,12 @@ impl Net {
             // By packet where packets are told apart: see `add`.
             let drop = (weather.loss * 1e6) as u32;
             let rules = format!(
-                "table bridge lab {{ chain way {{ type filter hook forward priority 0; \
-                 ip protocol tcp numgen random mod 1000000 < {drop} drop; }} }}"
+                "table bridge lab {{\n\
+                 chain way {{\n\
+                 type filter hook forward priority 0;\n\
+                 ip protocol tcp numgen random mod 1000000 < {drop} drop\n\
+                 }}\n\
+                 }}\n"
             );
             feed(Command::new("nft").arg("-f").arg("-"), &rules)?;
         }
