@@ -15,7 +15,7 @@ use crate::fault::Backoff;
 use crate::id::Piece;
 use crate::layout::Layout;
 use crate::pace::Pace;
-use crate::rarity::Rarity;
+use crate::rarity::{PieceSet, Rarity};
 use crate::time::{Duration, Moment};
 use crate::wire::stream::MAX_PIECES as MOST_IN_FRAME;
 use neighbour::Neighbour;
@@ -38,7 +38,8 @@ const REST: Duration = Duration::from_secs(2);
 const MOST_STALLS: u8 = 3;
 /// The longest wait that a busy host may ask for.
 const MOST_BUSY: Duration = Duration::from_secs(5);
-/// A granting host that grants and sends nothing for so long is asked like any other.
+/// A granting host that grants and sends nothing for so long is asked like any other, once there is
+/// nothing else to wait for. A seed with many readers and large pieces may well take longer.
 const GRANTS_LAPSE: Duration = Duration::from_secs(2);
 /// Pieces are announced at once, but no more often than this: then together.
 const ANNOUNCE: Duration = Duration::from_millis(10);
@@ -292,10 +293,11 @@ impl Swarm {
     }
 
     /// `Grant`: this host, a seed, holds these for us. Each is asked for, or declined (`Cancel`), at
-    /// once. From now on the host is asked for what it grants only.
+    /// once. From now on the host is asked for what it grants, or granted before, only.
     pub fn on_granted(&mut self, now: Moment, host: Host, pieces: &[Piece]) {
         let Some(n) = self.hosts.get_mut(&host) else { return };
-        (n.grants, n.granted) = (Some(now), true);
+        // Whoever grants has room for us, whatever it said before.
+        (n.grants, n.granted, n.busy) = (Some(now), true, n.busy.min(now));
         self.learn(host, pieces.iter().copied());
         let mut declined = Vec::new();
         for &piece in pieces {
@@ -311,6 +313,9 @@ impl Swarm {
             if wanted && may_ask && n.is_ready(now) {
                 self.ask(now, host, piece);
             } else if piece.0 < self.layout.pieces() && !n.asked().any(|p| p == piece) {
+                n.declined
+                    .get_or_insert_with(|| PieceSet::none(self.layout.pieces()))
+                    .insert(piece);
                 declined.push(piece);
             }
         }
@@ -398,11 +403,6 @@ impl Swarm {
             .map(|(host, _)| *host)
             .collect();
         late.into_iter().for_each(|host| self.stall(now, host));
-        for n in self.hosts.values_mut() {
-            if n.grants.is_some_and(|at| at + GRANTS_LAPSE <= now) && n.asked().len() == 0 {
-                n.grants = None;
-            }
-        }
         if !self.news.is_empty() && self.announce_at <= now {
             self.announce(now);
         }
@@ -724,9 +724,17 @@ impl Swarm {
         self.endgame_at = None;
         self.is_full = false;
         if self.may_ask(now) {
+            if self.asked.is_empty() {
+                let lapsed = |at: Moment| at + GRANTS_LAPSE <= now;
+                let hosts = self.hosts.values_mut();
+                hosts.filter(|n| n.grants.is_some_and(lapsed)).for_each(|n| n.grants = None);
+            }
             while let Some(host) = self.freest(now) {
                 let Some(n) = self.hosts.get(&host) else { break };
                 let Some(piece) = self.rarity.rarest(&n.open, &mut self.dice) else { break };
+                self.ask(now, host, piece);
+            }
+            if let Some((host, piece)) = self.granted_before(now) {
                 self.ask(now, host, piece);
             }
             if self.is_endgame() && !self.asked.is_empty() {
@@ -788,6 +796,17 @@ impl Swarm {
             }
         }
         best.map(|(_, host)| host)
+    }
+
+    /// With nothing else to wait for: a piece that a host granted and we declined, since somebody else
+    /// was to bring it, who then did not. It is asked for as if it were granted again.
+    fn granted_before(&mut self, now: Moment) -> Option<(Host, Piece)> {
+        if !self.asked.is_empty() {
+            return None;
+        }
+        self.hosts.iter().filter(|(_, n)| n.grants.is_some() && n.is_ready(now)).find_map(
+            |(host, n)| Some((*host, self.rarity.rarest(n.declined.as_ref()?, &mut self.dice)?)),
+        )
     }
 
     /// How many bytes less are here than the neighbours that are still fetching hold on average.

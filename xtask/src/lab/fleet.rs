@@ -86,22 +86,15 @@ impl Players for Fleet {
         self.machines[host].home.join(format!("copy-{content}"))
     }
 
-    /// What came over connections that still stand, less what was of use.
     fn duplicate_bytes(&self, arrivals: &[Arrival]) -> Option<u64> {
         let mut twice = 0;
         for (host, machine) in self.machines.iter().enumerate().skip(1) {
             let mine = arrivals.iter().filter(|arrival| arrival.host == host);
-            let got: Vec<&Vec<Source>> = mine.flat_map(|arrival| &arrival.got).collect();
-            if got.len() < self.contents.len() {
+            if mine.filter(|arrival| arrival.got.is_ok()).count() < self.contents.len() {
                 continue; // It may not even answer.
             }
-            let Ok(Event::Peers { peers }) = machine.asks(["peers"]) else { return None };
-            for peer in peers {
-                let from = |source: &&Source| source.peer == peer.peer;
-                let useful: u64 =
-                    got.iter().flat_map(|got| got.iter()).filter(from).map(|s| s.bytes).sum();
-                twice += peer.received.saturating_sub(useful);
-            }
+            let Ok(Event::Status(status)) = machine.asks(["status"]) else { return None };
+            twice += status.stats.fetched.duplicate_bytes;
         }
         Some(twice)
     }

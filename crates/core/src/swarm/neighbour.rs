@@ -49,6 +49,8 @@ pub(super) struct Neighbour {
     pub(super) open: PieceSet,
     /// It grants, and is asked for nothing else; since then nothing was granted or sent.
     pub(super) grants: Option<Moment>,
+    /// What it granted and we declined.
+    pub(super) declined: Option<PieceSet>,
     /// It is not asked before: it said so, …
     pub(super) busy: Moment,
     /// … or let us wait too long.
@@ -81,6 +83,7 @@ impl Neighbour {
             have: Bitfield::none(pieces),
             open: PieceSet::none(pieces),
             grants: None,
+            declined: None,
             busy: Moment::ZERO,
             rest: Moment::ZERO,
             stalls: 0,

@@ -40,6 +40,10 @@ const MAX_A_PEER: usize = 4;
 const MAX_JOBS: usize = 64;
 /// Events handled before outputs and timers are looked at again.
 const BATCH: usize = 256;
+/// While one thing follows the other sooner than this, they are done together, once in so long: a
+/// fast transfer would else wake this thread for every piece, and it the connection's for every
+/// answer, which costs more than the thinking.
+const TOGETHER: Duration = Duration::from_millis(1);
 /// A connection on which nothing is open is closed after this.
 const IDLE: Duration = Duration::from_secs(60);
 /// How often fetchers are told how far it is, files are looked at for changes, and idle
@@ -248,7 +252,12 @@ impl Engine {
         inputs: &Receiver<Input>,
         events: &Receiver<(ConnId, transfer::Event)>,
     ) {
+        let mut woke = clock::now();
+        let mut crowded = false;
         loop {
+            if crowded {
+                std::thread::sleep(TOGETHER.saturating_sub(clock::now().since(woke)));
+            }
             let wait = self.next_deadline().since(clock::now());
             select! {
                 recv(inputs) -> input => match input {
@@ -260,6 +269,9 @@ impl Engine {
                 },
                 recv(after(wait)) -> _ => {}
             }
+            let now = clock::now();
+            crowded = now.since(woke) < TOGETHER;
+            woke = now;
             for _ in 0..BATCH {
                 let Ok((conn, event)) = events.try_recv() else { break };
                 self.on_event(conn, event);

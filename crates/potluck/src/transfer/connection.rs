@@ -353,11 +353,17 @@ impl Thread {
                 pass.let_in();
             }
         }
-        if self.heard.since(self.alive) >= ALIVE && self.session.fetches() {
-            self.alive = self.heard;
+        self.tell_alive(self.heard)?;
+        self.session.hand_over()
+    }
+
+    /// Tells that the other side said something, if that was not told just now.
+    fn tell_alive(&mut self, now: Moment) -> Result<(), Gone> {
+        if now.since(self.alive) >= ALIVE && self.session.fetches() {
+            self.alive = now;
             self.session.report_alive(self.gather.is_amid())?;
         }
-        self.session.hand_over()
+        Ok(())
     }
 
     /// Opens what was read and does what it says, as far as it could be opened.
@@ -495,6 +501,7 @@ mod tests {
             thread.turn();
         }
         assert!(matches!(machine.event(), Event::Up { .. }));
+        thread.alive = thread.began + Duration::from_secs(3_600); // says nothing of its own accord
         (thread, puppet.join().unwrap(), machine, connection)
     }
 
@@ -561,6 +568,34 @@ mod tests {
         assert_eq!((&manifest[..], &proof[..]), (&b""[..], &b"1234567"[..]));
         let late = clock::now() + Duration::from_secs(16);
         assert_eq!(thread.keep_time(late, Ready::default()), Ok(()));
+    }
+
+    #[test]
+    fn a_host_that_says_anything_is_told_to_be_alive_and_whether_a_piece_is_coming() {
+        let (mut thread, mut puppet, machine, connection) = paused();
+        let mut later = thread.alive + Duration::from_secs(1);
+        thread.tell_alive(later).unwrap(); // nothing is fetched: of no account
+        connection.tell(Command::Open { channel: 1, id: ContentId::file([1; 32]) });
+        thread.turn();
+        let theirs = OURS.flipped();
+        puppet.hear(|frame| assert!(matches!(frame, Frame::Open(channel, _) if channel == theirs)));
+        puppet.say(&Frame::Opened { channel: theirs, size: 9, manifest: 0, proof: 7 });
+        while machine.knows_of_nothing() {
+            thread.turn();
+        }
+        assert!(matches!(machine.any_event(), Event::Opened { .. }));
+        for coming in [false, true] {
+            thread.tell_alive(later).unwrap();
+            thread.tell_alive(later + Duration::from_millis(999)).unwrap();
+            thread.session.hand_over().unwrap();
+            assert!(matches!(machine.any_event(), Event::Alive { coming: it } if it == coming));
+            assert!(machine.knows_of_nothing(), "once a second");
+            later = later + Duration::from_secs(1);
+            puppet.say_bytes(&[0, 0]);
+            while !thread.gather.is_amid() {
+                thread.turn();
+            }
+        }
     }
 
     #[test]

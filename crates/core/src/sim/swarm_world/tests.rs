@@ -154,6 +154,32 @@ fn hosts_that_are_always_busy_or_hoard_grants_stop_nobody() {
 }
 
 #[test]
+fn those_who_leave_as_soon_as_they_are_done_leave_nobody_waiting() {
+    let mut plan = equal(16, 32);
+    plan.people.iter_mut().skip(1).for_each(|p| p.dies = Death::WhenDone);
+    let report = World::new(plan.clone()).run(LIMIT);
+    let last = report.last(1..=16).expect("everyone completes").as_secs_f64();
+    // It was 1.4 when the seed was not asked for what it had granted and we had declined.
+    assert!(last <= 1.15 * plan.bound(0).as_secs_f64(), "{last:.2} s");
+}
+
+#[test]
+fn what_left_a_seed_that_died_within_its_first_copy_is_everywhere_and_everyone_knows_what_lacks() {
+    let mut plan = equal(8, 16);
+    plan.people[0].dies = Death::AfterCopies(500);
+    let report = World::new(plan).run(Duration::from_secs(5));
+    let left = report.left_home as u32;
+    assert!((120..=136).contains(&left), "{left} of 256 pieces left the seed");
+    for p in 1..=8 {
+        // What was on the way when it died left it, but came to nobody.
+        assert!(report.held[p] + 8 >= left, "{p} holds {} of {left} pieces", report.held[p]);
+        assert_eq!(report.held[p], report.held[1], "what one has, all have");
+        let missing = 256 - report.held[p];
+        assert_eq!(report.waiting[p], Some(Waiting::Missing(missing)), "{p}");
+    }
+}
+
+#[test]
 fn each_poisoner_spoils_one_piece_of_each_fetcher_and_nobody_honest_is_dropped() {
     let styles = [(0, 1), (0, 2), (5, 1), (20, 3)];
     let mut plan = equal(8, 16);
