@@ -143,7 +143,7 @@ fn a_single_reader_sees_what_we_hold_and_is_never_told_busy() {
 }
 
 #[test]
-fn one_piece_at_a_time_is_sent_until_the_line_shows_its_speed() {
+fn one_piece_at_a_time_is_sent_on_a_line_until_it_shows_its_speed() {
     let mut w = Watched::new(4_000, false);
     w.opens(ms(0), 1);
     w.wants(ms(0), 1, 0..4_000);
@@ -238,19 +238,19 @@ fn two_contents_of_one_member_take_turns() {
 }
 
 #[test]
-fn a_reader_whose_socket_is_stuck_keeps_nobody_waiting() {
+fn readers_whose_sockets_are_stuck_keep_nobody_waiting() {
     let mut w = Watched::new(100, false);
-    w.opens(ms(0), 1);
-    w.opens(ms(0), 2);
-    w.wants(ms(0), 1, 0..5);
-    w.wants(ms(0), 2, 50..55);
-    assert_eq!(w.served(), [(1, 0)]);
-    // Host 1 reads nothing.
+    (1..=3).for_each(|host| w.opens(ms(0), host));
+    w.wants(ms(0), 1, 0..2);
+    w.wants(ms(0), 2, 20..21);
+    w.wants(ms(0), 3, 50..53);
+    assert_eq!(w.served(), [(1, 0), (2, 20)]);
+    // Hosts 1 and 2 read nothing.
     assert_eq!(w.sharing.next_deadline(), Some(ms(50)));
     w.tick(ms(50));
     let order = w.serve_all(ms(50));
-    assert_eq!(order, (50..55).map(|p| (2, p)).collect::<Vec<_>>());
-    // It reads again.
+    assert_eq!(order, (50..53).map(|p| (3, p)).collect::<Vec<_>>());
+    // One reads again.
     w.sent(ms(5_000), 1, 0);
     assert_eq!(w.served(), [(1, 1)]);
 }
@@ -603,7 +603,7 @@ fn what_a_reader_that_goes_in_the_middle_leaves_is_room_for_others() {
         sharing.on_host(now, host, PeerId([1; 32]));
         sharing.on_open(now, host, 7);
         sharing.on_want(now, host, 7, &pieces);
-        assert_eq!(all_served(&mut sharing).len() as u64, SENDING, "reader {nth}");
+        assert_eq!(all_served(&mut sharing).len() as u64, SENDING_EACH, "reader {nth}");
         sharing.check();
         if nth % 2 == 0 {
             sharing.on_closed(now, host, 7);

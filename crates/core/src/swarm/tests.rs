@@ -106,6 +106,40 @@ fn hosts_are_asked_for_two_pieces_each_and_eight_in_all_until_they_show_their_sp
 }
 
 #[test]
+fn who_holds_less_than_its_neighbours_asks_further_ahead_but_not_more_than_twice_as_far() {
+    for (held, most) in [(3, 11), (60, 16)] {
+        let mut w = Watched::new(100);
+        w.swarm.pause(ms(0));
+        (1..=10).for_each(|host| w.host_with(ms(0), host, 4 * host - 4..4 * host - 4 + held));
+        // Who holds all of it is no measure, and what a seed holds we do not know.
+        w.host_with(ms(0), 11, 0..100);
+        w.swarm.on_host(ms(0), Host(12));
+        w.swarm.on_granted(ms(0), Host(12), &[]);
+        w.swarm.resume(ms(0));
+        w.listen();
+        let asked: usize = (1..=12).map(|host| w.asked(host).len()).sum();
+        assert_eq!(asked, most, "neighbours hold {held}");
+    }
+}
+
+#[test]
+fn what_a_seed_granted_and_we_declined_is_asked_of_it_when_nobody_else_brings_it() {
+    let mut w = Watched::new(2);
+    w.host_with(ms(0), 1, 0..2);
+    assert_eq!(w.asked(1).len(), 2);
+    w.swarm.on_host(ms(1), Host(2));
+    w.swarm.on_granted(ms(1), Host(2), &[Piece(0), Piece(1)]);
+    w.listen();
+    assert_eq!(w.cancelled(2), [0, 1], "both are on their way");
+    w.swarm.on_gone(ms(5), Host(1));
+    w.listen();
+    let first = w.asked(2);
+    assert_eq!(first.len(), 1);
+    w.arrives(ms(10), 2, first[0]);
+    assert_eq!(w.asked(2), [1 - first[0]]);
+}
+
+#[test]
 fn a_fast_single_host_is_asked_further_and_further_ahead_but_not_without_end() {
     let mut w = Watched::new(4_096);
     w.host_with(ms(0), 1, 0..4_096);
