@@ -97,6 +97,10 @@ impl Machine {
         let mut command = on_core(core, potluck);
         command.args([verb, "--json", "--leash", "--listen", "127.0.0.1:0", "--state"]);
         command.arg(home.join("state"));
+        if verb == "index" {
+            // However busy the machine is, and however many members are made up: no lease lapses.
+            command.args(["--heartbeat", "600"]);
+        }
         if verb == "up" {
             command.args(["--label", name]);
         }
