@@ -127,6 +127,10 @@ impl Machine {
         let listen = SocketAddr::new(place.address, place.port).to_string();
         command.args([verb, "--json", "--leash", "--listen", &listen, "--state"]);
         command.arg(home.join("state"));
+        if verb == "index" {
+            // However busy the machine is, and however many members are made up: no lease lapses.
+            command.args(["--heartbeat", "600"]);
+        }
         if verb == "up" {
             command.args(["--label", name]);
         }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use potluck_core::bitfield::Bitfield;
 use potluck_core::id::{ContentId, MemberNumber, Name, PeerId, Piece, RequestId, Version};
 use potluck_core::manifest::{self, Entry, Manifest, RelPath, What};
+use potluck_core::registrar::trial;
 use potluck_core::time::WallTime;
 use potluck_core::trust::{Certificate, Invitation, MachineKey, NameRecord, RevocationList, Role};
 use potluck_core::wire::bytes::Writer;
@@ -33,6 +34,7 @@ fn targets() -> Vec<(&'static str, Check, Samples)> {
         ("datagram", check::datagram, datagrams()),
         ("desk", check::desk, desk()),
         ("manifest", check::manifest, manifests()),
+        ("registrar", trial::run, vec![("good-life", trial::sample())]),
         ("stream", check::stream, frames()),
         ("trust", check::trust, trust()),
     ]

@@ -455,9 +455,7 @@ fn work(hands: &Hands, socket: UdpSocket) {
             batch.filter_map(|(from, bytes)| gate.open(now, from, bytes)).collect();
         if !opened.is_empty() || due.is_none_or(|due| due <= now) {
             let mut registrar = hands.think();
-            for one in &opened {
-                registrar.on_opened(now, one);
-            }
+            registrar.on_batch(now, &opened);
             registrar.tick(now, clock::wall());
             registrar.brief(&mut gate);
             registrar.take_outbox(&mut outbox);

@@ -637,6 +637,7 @@ fn honest(capacity_kib: u32) -> Load {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "figures for README, shown with --nocapture")]
 fn a_flash_crowd_is_spread_over_hosts_by_what_they_can_carry() {
     let fifty: Vec<u32> = (0..50).map(|n| if n % 2 == 0 { 100_000 } else { 10_000 }).collect();
     let three = vec![100_000, 100_000, 10_000];
@@ -666,7 +667,6 @@ fn a_host_that_lies_about_its_load_draws_a_bounded_share() {
         told(&mut catalog, 4).iter().for_each(|host| drawn[*host] += 1);
     }
     let all: i32 = drawn.iter().sum();
-    println!("the liar drew {} of {all}", drawn[0]);
     assert!(drawn[0] * 5 < all, "it drew {} of {all}", drawn[0]);
     let rest = &drawn[1..];
     assert!(*rest.iter().max().unwrap() < 2 * rest.iter().min().unwrap(), "{rest:?}");

@@ -954,3 +954,26 @@ proptest! {
         prop_assert!(replies[0].1.len() <= crate::wire::datagram::MAX_DATAGRAM);
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_sequence_of_datagrams_breaks_a_promise(
+        steps in prop::collection::vec((any::<[u8; 3]>(), prop::collection::vec(any::<u8>(), 0..120)), 0..40),
+        twists in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..12),
+    ) {
+        let mut script = trial::sample();
+        for (head, body) in steps {
+            script.extend_from_slice(&head);
+            script.extend_from_slice(&(body.len() as u16).to_be_bytes());
+            script.extend_from_slice(&body);
+        }
+        let life = script.clone();
+        script.extend_from_slice(&life); // once more, after all that
+        for (at, byte) in twists {
+            let at = at.index(script.len());
+            script[at] = byte;
+        }
+        trial::run(&script);
+    }
+}
