@@ -181,7 +181,7 @@ fn proof(c: &mut Criterion) {
     let mut group = c.benchmark_group("proof");
     group.throughput(Throughput::Bytes(piece.len() as u64));
     group.bench_function("a piece of 64 KiB checked", |b| {
-        b.iter(|| assert!(proof.verify(&layout, Piece(1), black_box(&piece))));
+        b.iter(|| assert!(proof.verify(&layout, Piece(1), &[black_box(&piece)])));
     });
     group.finish();
 }

@@ -130,6 +130,15 @@ impl Proof {
     }
 }
 
+/// The value of the piece at `place`, of a file that has `file_pieces`, if these are its bytes.
+///
+/// Bytes of another length than the piece's have a value too, never the right one.
+pub fn piece_value(place: &Place, file_pieces: u32, bytes: &[u8]) -> [u8; VALUE] {
+    let mut hasher = PieceHasher::new(place, file_pieces);
+    hasher.update(bytes);
+    hasher.finish()
+}
+
 /// Hashes one piece as its bytes come.
 #[derive(Clone, Debug)]
 pub struct PieceHasher {
@@ -211,12 +220,6 @@ mod tests {
         let mut bytes = vec![0; len];
         Hasher::new().update(&len.to_le_bytes()).finalize_xof().fill(&mut bytes);
         bytes
-    }
-
-    fn piece_value(place: &Place, file_pieces: u32, bytes: &[u8]) -> [u8; VALUE] {
-        let mut hasher = PieceHasher::new(place, file_pieces);
-        hasher.update(bytes);
-        hasher.finish()
     }
 
     fn values(layout: &Layout, file: u32, bytes: &[u8]) -> Vec<[u8; VALUE]> {
