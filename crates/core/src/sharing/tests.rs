@@ -259,26 +259,26 @@ fn readers_whose_sockets_are_stuck_keep_nobody_waiting() {
 fn what_a_limit_makes_slow_is_not_taken_for_stuck() {
     let mut w = Watched::new(100, true);
     w.sharing.set_limit(Some(PIECE / 4));
-    w.opens(ms(0), 1);
-    w.opens(ms(0), 2);
+    (1..=3).for_each(|host| w.opens(ms(0), host));
     let granted = w.granted();
     let (host, piece) = granted[0];
+    let [other, third] = [host % 3 + 1, (host + 1) % 3 + 1];
     w.wants(ms(0), host, [piece]);
-    let other = 3 - host;
     w.wants(ms(0), other, [99]);
-    assert_eq!(w.served(), [(host, piece)]);
-    // Four seconds a piece are usual, then, and twelve too many.
+    w.wants(ms(0), third, [98]);
+    assert_eq!(w.served(), [(host, piece), (other, 99)]);
+    // Two at once take eight seconds, then, and three times that is too many.
     for tenth in 0..40 {
         w.tick(ms(tenth * 100));
-        assert_eq!(w.served(), [], "one after the other");
+        assert_eq!(w.served(), [], "two at a time");
     }
     w.sent(ms(4_000), host, piece);
-    assert_eq!(w.served(), [(other, 99)]);
-    w.tick(ms(15_999));
-    w.wants(ms(15_999), host, [98]);
+    assert_eq!(w.served(), [(third, 98)]);
+    w.tick(ms(23_999));
+    w.wants(ms(23_999), host, [97]);
     assert_eq!(w.served(), []);
-    w.tick(ms(16_000));
-    assert_eq!(w.served(), [(host, 98)]);
+    w.tick(ms(24_000));
+    assert_eq!(w.served(), [(host, 97)]);
 }
 
 #[test]
