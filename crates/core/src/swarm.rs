@@ -283,6 +283,7 @@ impl Swarm {
             let Some(n) = self.hosts.get_mut(&host) else { return };
             if n.have.remove(piece) {
                 n.open.remove(piece);
+                n.declined.as_mut().map(|declined| declined.remove(piece));
                 self.rarity.lower(piece);
                 if n.take_back(now, piece) {
                     self.release(now, host, piece);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, after, select};
+use potluck_core::dice::Dice;
 use potluck_core::id::{ContentId, PeerId, RequestId};
 use potluck_core::limit::Limit;
 use potluck_core::link::LinkError;
@@ -598,6 +599,12 @@ impl Engine {
         }
         info!("stopped");
     }
+}
+
+/// In any order.
+pub(super) fn shuffle<T>(all: &mut [T]) {
+    let mut dice = Dice(dice());
+    all.sort_by_cached_key(|_| dice.next());
 }
 
 pub(super) fn dice() -> u64 {

@@ -10,7 +10,7 @@ use potluck_core::time::Moment;
 use potluck_core::wire::stream::{Channel, MAX_HOSTS, Side};
 use tracing::{debug, warn};
 
-use super::engine::{Content, Engine, Phase};
+use super::engine::{Content, Engine, Phase, shuffle};
 use crate::clock;
 use crate::store::{ReadError, Replica};
 use crate::transfer::{Command, ConnId};
@@ -59,21 +59,24 @@ impl Engine {
         self.open_on(id, content);
     }
 
-    /// Further hosts of a content: whoever this machine exchanges it with.
+    /// Further hosts of a content: any of those this machine exchanges it with.
     fn known_hosts(
         &self,
         content: ContentId,
         except: ConnId,
     ) -> Vec<(potluck_core::id::PeerId, std::net::SocketAddr)> {
-        self.conns
+        let mut hosts: Vec<_> = self
+            .conns
             .iter()
             .filter(|(id, c)| **id != except && c.up)
             .filter(|(_, c)| {
                 c.ours.values().chain(c.theirs.values()).any(|there| *there == content)
             })
             .map(|(_, c)| (c.peer, c.address))
-            .take(MAX_HOSTS)
-            .collect()
+            .collect();
+        shuffle(&mut hosts);
+        hosts.truncate(MAX_HOSTS);
+        hosts
     }
 
     pub(super) fn on_wants(&mut self, id: ConnId, channel: u16, pieces: &[Piece]) {

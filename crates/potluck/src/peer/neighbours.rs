@@ -14,7 +14,7 @@ use potluck_core::wire::datagram::{Ack, Found, Request as Question, Search, Targ
 use potluck_core::wire::stream::{Channel, Goodbye, Side};
 use tracing::{debug, warn};
 
-use super::engine::{Conn, Content, Engine, Phase};
+use super::engine::{Conn, Content, Engine, Phase, shuffle};
 use crate::clock;
 use crate::transfer::{Command, ConnId, Gone};
 
@@ -114,7 +114,8 @@ impl Engine {
         self.connect(id);
     }
 
-    /// Connects to known hosts while there are fewer neighbours than wanted.
+    /// Connects to known hosts while there are fewer neighbours than wanted, to any of them: if all
+    /// began with the same, that one would be the middle of a star.
     pub(super) fn connect(&mut self, id: ContentId) {
         let now = clock::now();
         let banned = self.banned(now);
@@ -123,13 +124,14 @@ impl Engine {
             return;
         }
         let connected = fetch.known.values().filter(|k| k.conn.is_some()).count();
-        let wanted: Vec<(PeerId, SocketAddr)> = fetch
+        let mut wanted: Vec<(PeerId, SocketAddr)> = fetch
             .known
             .iter()
             .filter(|(peer, k)| k.conn.is_none() && k.next_try <= now && !banned.contains(peer))
             .map(|(peer, k)| (*peer, k.address))
-            .take(MAX_NEIGHBOURS.saturating_sub(connected))
             .collect();
+        shuffle(&mut wanted);
+        wanted.truncate(MAX_NEIGHBOURS.saturating_sub(connected));
         for (peer, address) in wanted {
             let conn = match self.connected_to(peer).map_or_else(|| self.dial(peer, address), Ok) {
                 Ok(conn) => conn,
