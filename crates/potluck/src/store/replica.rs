@@ -378,7 +378,9 @@ impl Replica {
             *state = State::Whole(Arc::clone(&whole));
         }
         drop(state);
-        self.remember(&whole)?;
+        if let Err(error) = self.remember(&whole) {
+            tracing::warn!(%error, content = %self.id(), "what was found is not remembered");
+        }
         Ok(bad)
     }
 
