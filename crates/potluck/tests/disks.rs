@@ -250,14 +250,14 @@ fn a_power_cut_on_xfs_costs_little_and_claims_nothing_wrong() {
     }
 }
 
-/// Makes calls of a running process fail as a broken disk does, until dropped. The store speaks to
-/// the kernel past the C library, so this is done between the two.
-struct BrokenDisk(Child);
+/// Tampers with calls of a running process, as a broken or slow disk does, until dropped. The store
+/// speaks to the kernel past the C library, so this is done between the two.
+struct Tampering(Child);
 
-impl BrokenDisk {
-    /// Of each thread's calls these fail: `first` and each `then`th after it.
-    fn of(machine: &Machine, calls: &str, first: u32, then: u32) -> Option<Self> {
-        let inject = format!("inject={calls}:error=EIO:when={first}+{then}");
+impl Tampering {
+    /// `how` is done to the `calls` of each thread, as strace calls it.
+    fn with(machine: &Machine, calls: &str, how: &str) -> Option<Self> {
+        let inject = format!("inject={calls}:{how}");
         let mut strace = Command::new("strace");
         strace.args(["-f", "-o", "/dev/null", "-e", &format!("trace={calls}"), "-e", &inject]);
         strace.args(["-p", &machine.pid().to_string()]).stderr(Stdio::piped());
@@ -268,21 +268,49 @@ impl BrokenDisk {
         let mut said = String::new();
         let mut lines = BufReader::new(child.stderr.take().unwrap());
         lines.read_line(&mut said).unwrap();
-        let broken = Self(child);
+        let tampering = Self(child);
         if !said.contains("attached") {
             println!("SKIPPED: strace may not: {said}");
             return None;
         }
         std::thread::spawn(move || lines.lines().count()); // so that it is never held up
-        Some(broken)
+        Some(tampering)
     }
 }
 
-impl Drop for BrokenDisk {
+/// Whether a thread of the process stands in a call that is held up: whenever it is looked at.
+fn is_held_up(machine: &Machine) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{}/task", machine.pid())).unwrap();
+    tasks.map(|task| task.unwrap().path().join("stat")).any(|stat| {
+        (0..1_000).all(|_| fs::read_to_string(&stat).is_ok_and(|text| text.contains(") t ")))
+    })
+}
+
+impl Drop for Tampering {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Killed between the last piece and the final name, it took itself for whole when it was back: the
+/// name never came, and `get` said that all was done.
+#[test]
+fn a_fetch_that_is_killed_just_before_its_final_name_gets_it_afterwards() {
+    let Table { dir: _dir, index: _index, peers: [alice, mut bob] } = table(["alice", "bob"]);
+    let bytes = made_up(3 << 20);
+    let id = alice.shares("film", &bytes);
+    let target = bob.home.join("copy");
+    let Some(slow) = Tampering::with(&bob, "renameat2", "delay_enter=3000000") else { return };
+    let get = bob.begins(&["get", &id, "-o", "copy"]);
+    until("its end", || is_held_up(&bob).then_some(()));
+    bob.is_killed();
+    drop((slow, get));
+    assert!(!target.exists());
+    bob.is_back();
+    until("its name", || target.exists().then_some(()));
+    assert!(fs::read(target).unwrap() == bytes);
+    until("all of it", || (status_of(&bob, &id).state == "sharing").then_some(()));
 }
 
 #[test]
@@ -300,7 +328,8 @@ fn a_disk_that_fails_is_never_believed() {
         until("some of it", || (bob.hosts().is_empty() || bob.has(&id) > 0).then_some(()));
         let call = calls[round as usize % calls.len()];
         let first = if call.starts_with("rename") { 1 } else { 2 + round % 5 };
-        let Some(broken) = BrokenDisk::of(&bob, call, first, 3 + round % 3) else { return };
+        let how = format!("error=EIO:when={first}+{}", 3 + round % 3);
+        let Some(broken) = Tampering::with(&bob, call, &how) else { return };
         alice.does(&["limit", "--up", "off"]);
         let (code, last) = fetch.ends();
         match last.failure() {
