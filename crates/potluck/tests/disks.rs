@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::{Machine, Table, Under, made_of, made_up, table, until};
 use potluck::control::{ContentStatus, Event, Request};
@@ -167,9 +167,9 @@ fn dies_again_and_again(
     mut end: impl FnMut(&mut Machine),
 ) {
     let size = status_of(alice, id).size;
-    alice.does(&["limit", "--up", "16MB"]); // a life is longer than a second's work
+    alice.does(&["limit", "--up", "8MB"]); // lives are longer and shorter than a second's work
     let whole = hashes(source);
-    let (mut fetches, mut resumed) = (0, 0);
+    let (mut fetches, mut durable, mut oldest) = (0, 0, Duration::ZERO);
     for death in 0..rounds {
         // Whoever asked goes with it; a fetch that was begun goes on by itself.
         let _get = bob.hosts().is_empty().then(|| {
@@ -180,23 +180,32 @@ fn dies_again_and_again(
         });
         // Somewhere on the way, each time elsewhere.
         let step = u64::from(blake3::hash(&death.to_le_bytes()).as_bytes()[0]) * (size / 1024);
-        let enough = (bob.has(id) + step).min(size);
-        until("more of it", || (bob.has(id) >= enough).then_some(()));
+        let before = bob.has(id);
+        let mut life = vec![(Instant::now(), before)];
+        until("more of it", || {
+            let has = bob.has(id);
+            life.push((Instant::now(), has));
+            (has >= (before + step).min(size)).then_some(())
+        });
+        let died = Instant::now();
         end(bob);
         alice.stands_still(); // so that nothing more comes while all is looked at
         if target.symlink_metadata().is_ok() {
             assert_eq!(hashes(target), whole, "its final name is on all of it or on nothing");
         }
         bob.is_back();
-        let durable = bob.has(id);
+        let was_durable = std::mem::replace(&mut durable, bob.has(id));
         claims_nothing_wrong(bob);
         assert_eq!(bob.has(id), durable, "what it claimed was there");
-        resumed += u32::from(durable > 0);
+        assert!(durable >= was_durable, "what was durable once is there");
+        let lost = life.iter().find(|(_, has)| *has > durable);
+        oldest = oldest.max(lost.map_or(Duration::ZERO, |(since, _)| died - *since));
         alice.goes_on();
         if target.symlink_metadata().is_ok() {
             assert_eq!(hashes(target), whole);
             bob.does(&["unshare", id]);
             fs::remove_dir_all(target).unwrap();
+            durable = 0;
         }
     }
     if !bob.hosts().is_empty() {
@@ -204,7 +213,7 @@ fn dies_again_and_again(
         assert_eq!(hashes(target), whole);
     }
     println!(
-        "{rounds} deaths in {fetches} fetches, {resumed} of them with something to go on with"
+        "{rounds} deaths in {fetches} fetches; nothing was lost that was older than {oldest:?}"
     );
 }
 

@@ -25,7 +25,7 @@ mod session;
 #[cfg(test)]
 mod exchange;
 #[cfg(test)]
-mod puppet;
+pub(crate) mod puppet;
 #[cfg(test)]
 mod tests;
 
