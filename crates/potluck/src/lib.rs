@@ -25,6 +25,8 @@ pub mod daemon;
 mod desk;
 mod door;
 mod error;
+#[cfg(test)]
+mod hostile;
 mod index;
 mod peer;
 mod signals;

@@ -218,14 +218,20 @@ impl Engine {
         for replica in replicas {
             let id = replica.id();
             let name = self.notes().name_of(id).unwrap_or_default();
-            if replica.is_complete() {
-                self.add(id, name, Phase::Whole(replica.clone()));
-                self.host(&replica, true);
-            } else {
+            // All pieces alone make nothing whole: a fetch that ended just before its final name is
+            // given it now.
+            if replica.is_growing() {
                 let paused = self.notes().is_paused(id).unwrap_or_default();
                 let fetch = Fetch::resumed(id, replica.clone(), paused);
                 self.add(id, name, Phase::Fetching(Box::new(fetch)));
                 self.host(&replica, false);
+            } else {
+                self.add(id, name, Phase::Whole(replica.clone()));
+                if replica.is_complete() {
+                    self.host(&replica, true);
+                } else {
+                    self.lose(id, "a piece of it is not what was shared any more (bit rot?)");
+                }
             }
         }
         self.begin_limits();

@@ -514,6 +514,9 @@ impl Engine {
         let now = clock::now();
         let served = self.sharing.counts();
         let Some(fetch) = self.fetch_mut(content) else { return };
+        if !fetch.replica.as_ref().is_some_and(|now| Arc::ptr_eq(now, &replica)) {
+            return; // it was called off, and begun again since
+        }
         fetch.finishing = false;
         let path = match result {
             Ok(path) => path,

@@ -393,7 +393,9 @@ impl Replica {
             *state = State::Whole(Arc::clone(&whole));
         }
         drop(state);
-        self.remember(&whole)?;
+        if let Err(error) = self.remember(&whole) {
+            tracing::warn!(%error, content = %self.id(), "what was found is not remembered");
+        }
         Ok(bad)
     }
 
@@ -512,7 +514,13 @@ impl Replica {
         }
     }
 
-    fn remember(&self, whole: &Whole) -> Result<()> {
+    /// Notes it for the next process, unless it was forgotten meanwhile.
+    fn remember(&self, whole: &Arc<Whole>) -> Result<()> {
+        // Held until it is noted: who forgets it waits, and removes the note.
+        let state = self.state();
+        if !matches!(&*state, State::Whole(now) if Arc::ptr_eq(now, whole)) {
+            return Ok(());
+        }
         let entry = Entry {
             path: whole.path.clone(),
             size: self.size(),

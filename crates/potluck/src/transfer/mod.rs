@@ -27,7 +27,7 @@ mod unsent;
 #[cfg(test)]
 mod exchange;
 #[cfg(test)]
-mod puppet;
+pub(crate) mod puppet;
 #[cfg(test)]
 mod tests;
 
