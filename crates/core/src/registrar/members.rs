@@ -24,6 +24,9 @@ const ENDING: Duration = Duration::from_secs(3600);
 const MAX_USES: u32 = 100_000;
 /// The longest an invitation may hold.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+/// So many removed machines stay on the list whatever the date: a clock that is years ahead for a moment
+/// must let nobody in again.
+const ALWAYS_REVOKED: usize = 1_000;
 /// An invitation that no longer works is told so for this long, then it is unknown.
 const REMEMBERED: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -488,14 +491,20 @@ impl Roster {
         Ok(going)
     }
 
-    /// Revoked machines whose last certificate may not have expired yet.
+    /// Revoked machines: all of them while they are few, then without those whose last certificate
+    /// must have expired, the earliest removed first.
     fn still_revoked(&self, wall: WallTime) -> BTreeSet<PeerId> {
         let life = CERTIFICATE_LIFE + 2 * CLOCK_SKEW;
-        let lives = |peer: &&PeerId| {
-            let removed = self.member_with(**peer).and_then(|member| member.removed);
-            removed.is_none_or(|removed| removed.plus(life) >= wall)
-        };
-        self.revocations.peers.iter().filter(lives).copied().collect()
+        let mut revoked = self.revocations.peers.clone();
+        let removed = |peer: &PeerId| self.member_with(*peer).and_then(|member| member.removed);
+        let over = revoked.iter().filter_map(|peer| Some((removed(peer)?, *peer)));
+        let mut over: Vec<_> = over.filter(|(removed, _)| removed.plus(life) < wall).collect();
+        over.sort_unstable();
+        let most = revoked.len().saturating_sub(ALWAYS_REVOKED);
+        over.iter().take(most).for_each(|(_, peer)| {
+            revoked.remove(peer);
+        });
+        revoked
     }
 
     pub(super) fn check(&self) {

@@ -200,6 +200,8 @@ pub struct Stats {
     pub dropped: BTreeMap<Dropped, u64>,
     /// Notices pushed to watchers.
     pub notices: u64,
+    /// Times a watcher that had missed some was told again what had changed.
+    pub caught_up: u64,
     /// Leases that lapsed.
     pub lapsed: u64,
     /// Times a member was asked to repeat its registrations.

@@ -174,6 +174,7 @@ impl Registrar {
             Watcher { line: *line, glob, until, queued: until, told: since, looked: since, owed };
         self.watchers.enter(line.member, watcher, pattern);
         if owed {
+            self.stats.caught_up += 1;
             self.watchers.due = Some(now);
         }
         Ok(watching(missed))
