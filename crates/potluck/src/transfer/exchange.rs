@@ -222,7 +222,7 @@ impl Fetching {
 }
 
 #[test]
-fn a_liar_is_found_out_told_so_and_the_next_piece_is_taken_all_the_same() {
+fn a_liar_is_found_out_told_so_and_nothing_more_of_it_is_looked_at() {
     let mut f = fetching();
     f.want(&[0, 1]);
     let mut lie = piece(&f.whole, 0);
@@ -231,7 +231,11 @@ fn a_liar_is_found_out_told_so_and_the_next_piece_is_taken_all_the_same() {
     assert_eq!(f.put(), (0, Err(PutError::BadPiece)));
     f.puppet.hear(|frame| assert!(matches!(frame, Frame::Reject(_, Piece(0)))));
     f.give(1);
-    assert_eq!(f.put(), (1, Ok(Put::New)));
+    f.puppet.say(&Frame::Busy(theirs(1), vec![Piece(1)], 250));
+    match f.machine.event() {
+        Event::Busy { pieces, .. } => assert_eq!(pieces, [Piece(1)]),
+        other => panic!("{other:?}"),
+    }
     assert_eq!(f.connection.received(), 2 * PIECE as u64);
 }
 

@@ -57,6 +57,8 @@ pub(super) struct Session {
     ours: BTreeMap<u16, Ours>,
     theirs: BTreeMap<u16, Theirs>,
     rejects: u32,
+    /// A piece it sent was bad. The engine ends the connection; until then nothing more is looked at.
+    poisons: bool,
     /// What the engine is still to be told.
     reports: Vec<Event>,
     pub(super) outbox: Outbox,
@@ -159,6 +161,7 @@ impl Session {
             ours: BTreeMap::new(),
             theirs: BTreeMap::new(),
             rejects: 0,
+            poisons: false,
             reports: Vec::new(),
             outbox: Outbox::default(),
             goodbye: None,
@@ -565,7 +568,7 @@ impl Listener for Session {
             return Err(Gone::Protocol("it speaks before it was believed"));
         }
         let open = self.ours.get(&channel).ok_or(NO_CHANNEL)?;
-        if open.stage == Stage::Closing {
+        if open.stage == Stage::Closing || self.poisons {
             return Ok(false);
         }
         let Some(replica) = open.replica.as_ref().filter(|_| open.asked.contains_key(&piece))
@@ -589,6 +592,7 @@ impl Listener for Session {
         let put = replica.put(piece, parts);
         timing::lap(Work::Write);
         if put == Err(PutError::BadPiece) {
+            self.poisons = true;
             self.outbox.say(&Frame::Reject(ours(channel), piece))?;
         }
         self.report(Event::PieceIn { channel, piece, bytes: len, put })
