@@ -2,7 +2,6 @@
 //! that flip, datagrams that are lost, an index that goes away, IPv6 alone, small packets.
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
-#![expect(clippy::print_stdout, reason = "figures, and what was skipped")]
 
 mod common;
 
