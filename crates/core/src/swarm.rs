@@ -329,6 +329,7 @@ impl Swarm {
     pub fn on_busy(&mut self, now: Moment, host: Host, pieces: &[Piece], wait: Duration) {
         let Some(n) = self.hosts.get_mut(&host) else { return };
         n.busy = n.busy.max(now + wait.min(MOST_BUSY));
+        n.turned_away();
         for &piece in pieces {
             if self.hosts.get_mut(&host).is_some_and(|n| n.take_back(now, piece)) {
                 self.counts.busy += 1;
@@ -531,6 +532,12 @@ impl Swarm {
             busy: Some(n.busy).filter(|at| *at > now),
             resting: Some(n.rest).filter(|at| *at > now),
         })
+    }
+
+    /// What this host was asked for and did not answer yet.
+    #[cfg(test)]
+    fn asked_of(&self, host: Host) -> Vec<Piece> {
+        self.hosts.get(&host).map_or_else(Vec::new, |n| n.asked().collect())
     }
 
     /// What happened so far.
@@ -781,8 +788,7 @@ impl Swarm {
             if n.asked_bytes() + u64::from(piece_size).max(step) > window {
                 continue;
             }
-            let untried = n.rate() == 0 && n.asked_bytes() == 0;
-            let wait = if untried { Duration::ZERO } else { n.expected_next(piece_size) };
+            let wait = if n.is_untried() { Duration::ZERO } else { n.expected_next(piece_size) };
             let better = match best {
                 None => true,
                 Some((least, _)) if wait == least => {

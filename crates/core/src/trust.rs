@@ -21,7 +21,7 @@ pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3600);
 pub const CLOCK_SKEW: Duration = Duration::from_secs(300);
 /// The longest label of a machine, in bytes.
 pub const MAX_LABEL: usize = 63;
-/// Machines in one revocation list; entries leave it when their last certificate has expired.
+/// Machines in one revocation list; where it is long, those leave it whose last certificate has expired.
 pub const MAX_REVOKED: usize = 20_000;
 
 /// A machine's (or an index's) Ed25519 key pair.
@@ -388,14 +388,20 @@ impl Certificate {
         if self.peer != peer {
             return Err(Distrust::OtherKey);
         }
+        self.is_timely(now)?;
+        if !verify(&network.0, &self.signed_bytes(), &self.signature) {
+            return Err(Distrust::BadSignature);
+        }
+        Ok(())
+    }
+
+    /// Whether its time has begun and is not over, by a clock that may be a little wrong.
+    pub fn is_timely(&self, now: WallTime) -> Result<(), Distrust> {
         if now.plus(CLOCK_SKEW) < self.not_before {
             return Err(Distrust::NotYet);
         }
         if now > self.not_after.plus(CLOCK_SKEW) {
             return Err(Distrust::Expired);
-        }
-        if !verify(&network.0, &self.signed_bytes(), &self.signature) {
-            return Err(Distrust::BadSignature);
         }
         Ok(())
     }

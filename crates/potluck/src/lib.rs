@@ -29,6 +29,7 @@ mod error;
 mod hostile;
 mod index;
 mod peer;
+mod seldom;
 mod signals;
 mod state;
 mod store;
@@ -43,7 +44,10 @@ pub mod trial;
 
 pub use api::{Completed, Download, Shared};
 pub use error::{Error, ErrorKind, Result};
-pub use index::{DEFAULT_PORT as INDEX_PORT, Index, IndexSettings};
+pub use index::{
+    DEFAULT_PORT as INDEX_PORT, Index, IndexLimits, IndexSettings, IndexStatus, JournalStatus,
+    Traffic,
+};
 pub use peer::{DEFAULT_PORT as PEER_PORT, Peer, Settings};
 pub use potluck_core::id::{ContentId, Name, NetworkId, PeerId, Version};
 pub use potluck_core::limit::Limit;

@@ -5,7 +5,7 @@
 //! The world plays the shells: it carries datagrams, keeps saved rows, fetches sessions, lists what
 //! it is told to list. At the end every belief is compared with the truth.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
 use crate::dice::Dice;
@@ -13,7 +13,9 @@ use crate::id::{ContentId, Name, PeerId, RequestId, Version};
 use crate::link::{self, Link, LinkError};
 use crate::registrar::{self, Boot, Caller, Dropped, Registrar, Settings, Table, Ticket};
 use crate::time::{Duration, Moment, WallTime};
-use crate::trust::{Certificate, MachineKey, NameRecord, Role, invitation_id, join_tag};
+use crate::trust::{
+    Certificate, Distrust, MachineKey, NameRecord, RevocationList, Role, invitation_id, join_tag,
+};
 use crate::wire::datagram::{
     Ack, Code, HELD_ALL, Item, List, Load, Refusal, Request, Row, RowKey, Search, Target,
 };
@@ -34,6 +36,8 @@ pub struct Plan {
     pub troubled: Duration,
     /// Whether peers die, the index restarts, members are removed.
     pub deaths: bool,
+    /// Whether its machines share, ask and fail of themselves; else the whole world has them do so.
+    pub(super) alone: bool,
 }
 
 impl Default for Plan {
@@ -45,6 +49,7 @@ impl Default for Plan {
             late: 20,
             troubled: Duration::from_secs(90),
             deaths: true,
+            alone: true,
         }
     }
 }
@@ -68,38 +73,72 @@ pub struct Story {
     pub restarts: u64,
     /// Times a watcher had to list everything.
     pub relists: u64,
+    /// Times a watcher was told again what it had missed.
+    pub caught_up: u64,
+    /// Datagrams that came a second time.
+    pub replayed: u64,
+    /// Certificates that a machine did not believe: its clock, or the index's, was wrong.
+    pub distrusted: u64,
+    /// Machines that an index without its file took back by their certificates.
+    pub taken_back: u64,
+    /// Machines that had to be invited anew.
+    pub invited_anew: u64,
     /// Rows of the listing at the end.
     pub rows: usize,
+}
+
+/// What the whole world has to hear of.
+pub(super) enum News {
+    /// The index answered a search.
+    Found { machine: usize, id: ContentId, record: Option<NameRecord>, hosts: Vec<PeerId> },
+    /// It answered that there is nothing, or nothing came back.
+    NotFound { machine: usize },
+    /// The index does not take a share.
+    Refused { machine: usize, id: ContentId, code: Code },
+    /// A machine has a newer list of those that were removed.
+    Revocations { machine: usize },
+    /// It stopped answering this machine, or answers again.
+    Reachable { machine: usize, yes: bool },
 }
 
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// After the troubles: longer than any timer of index or link runs (a refusal is tried again after
 /// up to 75 s, a watch renewed after 37 s, a lease over after 15 s).
 const QUIET: Duration = Duration::from_secs(150);
+/// Every question is answered, or given up, by then.
+const ANSWERED: Duration = Duration::from_secs(15);
 /// More than any world has needed.
 const MOST_STEPS: u64 = 400_000;
 const BIRTH: WallTime = WallTime(1_800_000_000);
 
 /// A peer, alive or not.
-struct Machine {
-    key: MachineKey,
-    role: Role,
+pub(super) struct Machine {
+    pub(super) key: MachineKey,
+    pub(super) role: Role,
     /// The network removed it.
-    removed: bool,
-    link: Option<Link>,
+    pub(super) removed: bool,
+    pub(super) link: Option<Link>,
+    /// By how many seconds its wall clock is wrong.
+    pub(super) skew: i64,
+    /// Nothing gets through between it and the index.
+    pub(super) cut: bool,
     /// Counts its lives: what was meant for an earlier one is dropped.
-    life: u32,
+    pub(super) life: u32,
     address: SocketAddr,
     /// What it hosts, dead or alive.
-    hosts: BTreeMap<ContentId, Item>,
+    pub(super) hosts: BTreeMap<ContentId, Item>,
     /// What the link told to be registered.
     registered: BTreeSet<ContentId>,
     /// Its last certificate: what an index that lost its file knows it by.
-    certificate: Option<Certificate>,
+    pub(super) certificate: Option<Certificate>,
+    /// It is at the desk.
+    fetching: bool,
+    /// The machines it knows to be removed.
+    pub(super) revocations: Option<RevocationList>,
     /// Versions it has published of its names.
     versions: BTreeMap<Name, u32>,
     mirror: Option<Mirror>,
-    questions: BTreeSet<RequestId>,
+    questions: BTreeMap<RequestId, Moment>,
     /// Pages asked for that nobody wants any more.
     abandoned: BTreeSet<RequestId>,
 }
@@ -142,14 +181,17 @@ pub struct IndexWorld {
     dice: Dice,
     now: Moment,
     index: Option<Registrar>,
+    /// By how many seconds the index's wall clock is wrong.
+    pub(super) skew: i64,
+    news: VecDeque<News>,
     boots: u64,
     rows: BTreeMap<(Table, Vec<u8>), Vec<u8>>,
-    machines: Vec<Machine>,
+    pub(super) machines: Vec<Machine>,
     events: BTreeMap<(Moment, u64), Event>,
     next_event: u64,
     mended: bool,
     tale: blake3::Hasher,
-    story: Story,
+    pub(super) story: Story,
 }
 
 /// Runs the world of `seed` to its end and compares every belief with the truth.
@@ -168,7 +210,7 @@ pub fn run(seed: u64, plan: Plan) -> Story {
 }
 
 impl IndexWorld {
-    fn new(seed: u64, plan: Plan) -> Self {
+    pub(super) fn new(seed: u64, plan: Plan) -> Self {
         let mut dice = Dice(seed);
         let machine = |at: usize| {
             let mut secret = [at as u8 + 1; 32];
@@ -182,14 +224,18 @@ impl IndexWorld {
                 },
                 removed: false,
                 link: None,
+                skew: 0,
+                cut: false,
                 life: 0,
                 address: SocketAddr::from(([10, 0, 0, at as u8 + 1], 5_000)),
                 hosts: BTreeMap::new(),
                 registered: BTreeSet::new(),
                 certificate: None,
+                fetching: false,
+                revocations: None,
                 versions: BTreeMap::new(),
                 mirror: None,
-                questions: BTreeSet::new(),
+                questions: BTreeMap::new(),
                 abandoned: BTreeSet::new(),
             }
         };
@@ -198,6 +244,8 @@ impl IndexWorld {
             plan,
             now: Moment::ZERO,
             index: None,
+            skew: 0,
+            news: VecDeque::new(),
             boots: 0,
             rows: BTreeMap::new(),
             machines,
@@ -212,17 +260,15 @@ impl IndexWorld {
         for machine in 0..plan.machines {
             world.rebirth(machine);
         }
-        world.at(Duration::from_millis(100), Event::Trouble);
+        if world.plan.alone {
+            world.at(Duration::from_millis(100), Event::Trouble);
+        }
         world
     }
 
     /// One event, or one tick; false when `end` was reached in a mended world.
     fn step(&mut self, end: Moment) -> bool {
-        let ticks = self.machines.iter().filter_map(|m| m.link.as_ref()?.next_deadline());
-        let index = self.index.as_ref().and_then(Registrar::next_deadline);
-        let tick = ticks.chain(index).min();
-        let event = self.events.first_key_value().map(|((at, _), _)| *at);
-        let next = [tick, event].into_iter().flatten().min().unwrap_or(end);
+        let next = self.next_at().unwrap_or(end);
         if next >= end {
             self.now = end;
             if self.mended {
@@ -231,17 +277,43 @@ impl IndexWorld {
             self.mend();
             return true;
         }
+        self.step_at(next);
+        true
+    }
+
+    /// When something happens next.
+    pub(super) fn next_at(&self) -> Option<Moment> {
+        let ticks = self.machines.iter().filter_map(|m| m.link.as_ref()?.next_deadline());
+        let index = self.index.as_ref().and_then(Registrar::next_deadline);
+        let event = self.events.first_key_value().map(|((at, _), _)| *at);
+        ticks.chain(index).chain(event).min()
+    }
+
+    /// Has happen what happens at `next`.
+    pub(super) fn step_at(&mut self, next: Moment) {
         self.story.steps += 1;
         self.now = self.now.max(next);
         self.tale.update(&self.now.as_micros().to_be_bytes());
-        if event == Some(next)
-            && let Some((_, event)) = self.events.pop_first()
-        {
-            self.happen(event);
-        } else {
-            self.tick();
+        let first = self.events.first_entry().filter(|entry| entry.key().0 <= next);
+        match first.map(std::collections::btree_map::OccupiedEntry::remove) {
+            Some(event) => self.happen(event),
+            None => self.tick(),
         }
-        true
+    }
+
+    /// Time has come so far.
+    pub(super) fn advance(&mut self, now: Moment) {
+        self.now = self.now.max(now);
+    }
+
+    pub(super) fn poll_news(&mut self) -> Option<News> {
+        self.news.pop_front()
+    }
+
+    fn tell_whole(&mut self, news: News) {
+        if !self.plan.alone {
+            self.news.push_back(news);
+        }
     }
 
     fn tick(&mut self) {
@@ -274,8 +346,7 @@ impl IndexWorld {
             }
             Event::ToMachine { to, mut datagram } => {
                 self.tale.update(&datagram);
-                let machine = self.machines.iter().position(|m| m.address == to);
-                if let Some(machine) = machine
+                if let Some(machine) = self.machine_at(to)
                     && let Some(link) = &mut self.machines[machine].link
                 {
                     link.on_datagram(now, &mut datagram);
@@ -284,14 +355,8 @@ impl IndexWorld {
             }
             Event::AtDesk { machine, life } => self.at_desk(machine, life),
             Event::FromDesk { machine, life, session } => {
-                if self.machines[machine].life == life
-                    && let Some(link) = &mut self.machines[machine].link
-                {
-                    match session {
-                        Some(session) => link.on_session(now, *session),
-                        None => link.on_session_failed(now),
-                    }
-                    self.carry_link(machine);
+                if self.machines[machine].life == life {
+                    self.adopt(machine, session);
                 }
             }
             Event::Trouble => self.trouble(),
@@ -308,20 +373,15 @@ impl IndexWorld {
         while let Some(output) = index.poll_output() {
             match output {
                 registrar::Output::Send { to, datagram } => sent.push((to, datagram)),
-                registrar::Output::Save(change) => {
-                    let key = (change.table, change.key);
-                    match change.value {
-                        Some(value) => self.rows.insert(key, value),
-                        None => self.rows.remove(&key),
-                    };
-                }
+                registrar::Output::Save(change) => save(&mut self.rows, change),
                 registrar::Output::Answer { .. } | registrar::Output::Ignore { .. } => {
                     unreachable!("the desk is asked elsewhere");
                 }
             }
         }
         for (to, datagram) in sent {
-            self.post(|datagram| Event::ToMachine { to, datagram }, &datagram);
+            let machine = self.machine_at(to);
+            self.post(machine, |datagram| Event::ToMachine { to, datagram }, &datagram);
         }
     }
 
@@ -336,13 +396,9 @@ impl IndexWorld {
             match output {
                 link::Output::Send(datagram) => {
                     let from = machine.address;
-                    self.post(|datagram| Event::ToIndex { from, datagram }, &datagram);
+                    self.post(Some(at), |datagram| Event::ToIndex { from, datagram }, &datagram);
                 }
-                link::Output::NeedSession => {
-                    let life = machine.life;
-                    let wait = Duration::from_millis(2 + throw(&mut self.dice, 80) as u64);
-                    self.at(wait, Event::AtDesk { machine: at, life });
-                }
+                link::Output::NeedSession => self.fetch_session(at),
                 link::Output::Answered { id, result } => self.answered(at, id, result),
                 link::Output::Registered(id) => {
                     machine.registered.insert(id);
@@ -365,9 +421,17 @@ impl IndexWorld {
                         machine.abandoned.extend(before.map(|(id, _)| id));
                     }
                 }
-                link::Output::RevocationsAt(_)
-                | link::Output::IndexLost
-                | link::Output::IndexBack => {}
+                link::Output::RevocationsAt(version) => {
+                    if machine.revocations.as_ref().is_none_or(|list| version > list.version) {
+                        self.fetch_session(at);
+                    }
+                }
+                link::Output::IndexLost => {
+                    self.tell_whole(News::Reachable { machine: at, yes: false });
+                }
+                link::Output::IndexBack => {
+                    self.tell_whole(News::Reachable { machine: at, yes: true });
+                }
             }
         }
     }
@@ -375,6 +439,7 @@ impl IndexWorld {
     /// The index does not take a share: its owner does what a person would.
     fn refused(&mut self, at: usize, id: ContentId, refusal: &Refusal) {
         let now = self.now;
+        self.tell_whole(News::Refused { machine: at, id, code: refusal.code });
         let machine = &mut self.machines[at];
         machine.registered.remove(&id);
         match refusal.code {
@@ -429,32 +494,62 @@ impl IndexWorld {
         if machine.abandoned.remove(&id) {
             return;
         }
-        assert!(machine.questions.remove(&id), "an answer to what was never asked, or twice");
+        assert!(
+            machine.questions.remove(&id).is_some(),
+            "an answer to what was never asked, or twice"
+        );
         match result {
             Ok(Ack::Found(found)) => {
                 assert!(found.hosts.iter().all(|host| host.peer != machine.key.peer()), "itself");
+                let hosts = found.hosts.iter().map(|host| host.peer).collect();
+                let (id, record) = (found.id, found.record);
+                self.tell_whole(News::Found { machine: at, id, record, hosts });
             }
-            Ok(Ack::Page(_)) | Err(LinkError::NoAnswer) => {}
+            Ok(Ack::Page(_)) => {}
+            Err(LinkError::NoAnswer) => self.tell_whole(News::NotFound { machine: at }),
             Err(LinkError::Refused(refusal)) => {
                 let code = refusal.code;
                 let expected = matches!(code, Code::NotFound | Code::NoHosts)
                     || (code == Code::Removed && machine.removed);
                 assert!(expected, "{code:?}: {refusal}");
+                self.tell_whole(News::NotFound { machine: at });
             }
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// A machine looks whether its certificate is good by its own clock.
+    pub(super) fn tend_certificate(&mut self, at: usize) {
+        let wall = self.wall_of(at);
+        let machine = &mut self.machines[at];
+        if let (Some(certificate), Some(link)) = (&machine.certificate, &mut machine.link)
+            && certificate.is_timely(wall).is_err()
+        {
+            link.renew();
+            self.carry_link(at);
+        }
+    }
+
+    fn fetch_session(&mut self, at: usize) {
+        let machine = &mut self.machines[at];
+        if !std::mem::replace(&mut machine.fetching, true) {
+            let life = machine.life;
+            let wait = Duration::from_millis(2 + throw(&mut self.dice, 80) as u64);
+            self.at(wait, Event::AtDesk { machine: at, life });
         }
     }
 
     /// A machine is at the desk: for a session, and before that to join where it is a stranger.
     fn at_desk(&mut self, at: usize, life: u32) {
         let (now, wall) = (self.now, self.wall());
-        let caller = Caller { peer: self.machines[at].key.peer(), exporter: [at as u8; 32] };
+        let machine = &mut self.machines[at];
+        let caller = Caller { peer: machine.key.peer(), exporter: [at as u8; 32] };
         let mut session = None;
-        if let Some(index) = &mut self.index {
+        if let Some(index) = self.index.as_mut().filter(|_| !machine.cut) {
             let known = index.members(now).iter().any(|member| member.peer == caller.peer);
-            let certificate = self.machines[at].certificate.clone();
-            if !known && !self.machines[at].removed && certificate.is_none() {
-                let role = self.machines[at].role;
+            let certificate = machine.certificate.clone();
+            if !known && !machine.removed && certificate.is_none() {
+                let role = machine.role;
                 let terms = InviteTerms { role, uses: 1, expires: wall.plus(HEARTBEAT) };
                 let invited = index.make_invitation(now, wall, terms).expect("it is in order");
                 let join = Join {
@@ -465,37 +560,73 @@ impl IndexWorld {
                 index.on_ask(now, wall, caller, Ask::Join(join), Ticket(0));
             }
             let label = format!("machine {at}");
-            let ask = Ask::Session { label, revocations: 0, certificate };
+            let revocations = machine.revocations.as_ref().map_or(0, |list| list.version);
+            let shows = certificate.is_some();
+            let ask = Ask::Session { label, revocations, certificate };
             index.on_ask(now, wall, caller, ask, Ticket(1));
-            let mut rest = vec![];
             while let Some(output) = index.poll_output() {
                 match output {
                     registrar::Output::Answer { answer: Answer::Session(given), .. } => {
-                        self.machines[at].certificate = Some(given.certificate.clone());
+                        self.story.taken_back += u64::from(!known && shows);
                         session = Some(given);
                     }
                     registrar::Output::Answer { answer: Answer::Welcome(_), durable, .. } => {
                         assert!(durable);
                     }
                     registrar::Output::Answer { answer: Answer::Refused(refusal), .. } => {
-                        assert!(self.machines[at].removed, "{refusal}");
+                        assert!(machine.removed, "{refusal}");
                     }
                     registrar::Output::Answer { .. } => panic!("another answer"),
-                    registrar::Output::Ignore { .. } => assert!(self.machines[at].removed),
-                    other => rest.push(other),
-                }
-            }
-            for output in rest {
-                if let registrar::Output::Save(change) = output {
-                    let key = (change.table, change.key);
-                    match change.value {
-                        Some(value) => self.rows.insert(key, value),
-                        None => self.rows.remove(&key),
-                    };
+                    registrar::Output::Ignore { .. } if machine.removed => {}
+                    registrar::Output::Ignore { .. } => {
+                        // The index lost its file, and the certificate is of another time: a person
+                        // invites the machine anew.
+                        let skewed = machine.certificate.take().is_some_and(|shown| {
+                            shown.check(index.network(), caller.peer, wall).is_err()
+                        });
+                        assert!(skewed, "machine {at} is no stranger");
+                        self.story.invited_anew += 1;
+                    }
+                    registrar::Output::Save(change) => save(&mut self.rows, change),
+                    // Nothing is lost by that: whoever watches is told again.
+                    registrar::Output::Send { .. } => {}
                 }
             }
         }
         self.at(Duration::from_millis(1), Event::FromDesk { machine: at, life, session });
+    }
+
+    /// Takes over a session, where its certificate is good by the machine's own clock.
+    fn adopt(&mut self, at: usize, session: Option<Box<Session>>) {
+        let (now, network) = (self.now, self.key().network());
+        let wall = self.wall_of(at);
+        let machine = &mut self.machines[at];
+        machine.fetching = false;
+        let Some(link) = &mut machine.link else { return };
+        let mut newer = false;
+        match session {
+            Some(session) => match session.certificate.check(network, machine.key.peer(), wall) {
+                Ok(()) => {
+                    machine.certificate = Some(session.certificate.clone());
+                    if let Some(list) = &session.revocations {
+                        assert_eq!(list.check(network), Ok(()));
+                        newer = true;
+                        machine.revocations = Some(list.clone());
+                    }
+                    link.on_session(now, *session);
+                }
+                Err(distrust) => {
+                    assert!(matches!(distrust, Distrust::Expired | Distrust::NotYet), "{distrust}");
+                    self.story.distrusted += 1;
+                    link.on_session_failed(now);
+                }
+            },
+            None => link.on_session_failed(now),
+        }
+        self.carry_link(at);
+        if newer {
+            self.tell_whole(News::Revocations { machine: at });
+        }
     }
 
     /// Something a person or fate does.
@@ -523,14 +654,19 @@ impl IndexWorld {
     }
 
     fn die(&mut self, at: usize) {
-        if self.machines[at].link.take().is_some() {
+        if self.kill(at) {
             let wait = Duration::from_millis(throw(&mut self.dice, 40_000) as u64);
             self.at(wait, Event::Rebirth { machine: at });
         }
     }
 
+    /// The machine stops at once; false where it did before.
+    pub(super) fn kill(&mut self, at: usize) -> bool {
+        self.machines[at].link.take().is_some()
+    }
+
     fn share(&mut self, at: usize) {
-        let (now, wall) = (self.now, self.wall());
+        let wall = self.wall();
         let known: Vec<Item> =
             self.machines.iter().flat_map(|m| m.hosts.values().cloned()).collect();
         let fresh = known.is_empty() || chance(&mut self.dice, 500);
@@ -562,23 +698,25 @@ impl IndexWorld {
             item
         };
         if !machine.removed {
-            machine.hosts.insert(item.id, item.clone());
-            if let Some(link) = &mut machine.link {
-                link.share(now, item);
-                self.carry_link(at);
-            }
+            self.host(at, item);
         }
     }
 
-    fn hold_more(&mut self, at: usize) {
+    /// The machine hosts this from now on.
+    pub(super) fn host(&mut self, at: usize, item: Item) {
         let now = self.now;
         let machine = &mut self.machines[at];
-        let ids: Vec<ContentId> = machine.hosts.keys().copied().collect();
-        if ids.is_empty() {
-            return;
+        machine.hosts.insert(item.id, item.clone());
+        if let Some(link) = &mut machine.link {
+            link.share(now, item);
+            self.carry_link(at);
         }
-        let id = ids[throw(&mut self.dice, ids.len())];
-        let held = throw(&mut self.dice, 1_001) as u16;
+    }
+
+    /// It holds so much of it now.
+    pub(super) fn hold(&mut self, at: usize, id: ContentId, held: u16) {
+        let now = self.now;
+        let machine = &mut self.machines[at];
         if let Some(item) = machine.hosts.get_mut(&id) {
             item.held = held;
         }
@@ -586,6 +724,27 @@ impl IndexWorld {
             link.update_held(now, id, held);
             self.carry_link(at);
         }
+    }
+
+    /// Asks the index, where it is up; the answer is [`News`].
+    pub(super) fn search(&mut self, at: usize, target: Target, hosts: u8) {
+        let now = self.now;
+        let machine = &mut self.machines[at];
+        if let Some(link) = &mut machine.link {
+            machine.questions.insert(link.ask(now, Request::Search(Search { target, hosts })), now);
+            self.carry_link(at);
+        }
+    }
+
+    fn hold_more(&mut self, at: usize) {
+        let machine = &mut self.machines[at];
+        let ids: Vec<ContentId> = machine.hosts.keys().copied().collect();
+        if ids.is_empty() {
+            return;
+        }
+        let id = ids[throw(&mut self.dice, ids.len())];
+        let held = throw(&mut self.dice, 1_001) as u16;
+        self.hold(at, id, held);
     }
 
     fn unshare(&mut self, at: usize) {
@@ -618,13 +777,13 @@ impl IndexWorld {
             None => Target::Id(item.id),
         };
         let search = Search { target, hosts: 16 };
-        machine.questions.insert(link.ask(now, Request::Search(search)));
+        machine.questions.insert(link.ask(now, Request::Search(search)), now);
         let list = List { glob: "name-*".to_owned(), after: None };
-        machine.questions.insert(link.ask(now, Request::List(list)));
+        machine.questions.insert(link.ask(now, Request::List(list)), now);
         self.carry_link(at);
     }
 
-    fn watch(&mut self, at: usize) {
+    pub(super) fn watch(&mut self, at: usize) {
         let now = self.now;
         let (ends, all) = (chance(&mut self.dice, 200), chance(&mut self.dice, 600));
         let machine = &mut self.machines[at];
@@ -645,7 +804,7 @@ impl IndexWorld {
         self.carry_link(at);
     }
 
-    fn report_load(&mut self, at: usize) {
+    pub(super) fn report_load(&mut self, at: usize) {
         let uploads = throw(&mut self.dice, 5) as u16;
         if let Some(link) = &mut self.machines[at].link {
             link.set_load(Load { uploads, free_slots: 5 - uploads, rate_kib: 0, capacity_kib: 0 });
@@ -653,12 +812,12 @@ impl IndexWorld {
     }
 
     /// A machine's address changes under way, as a laptop's does.
-    fn move_house(&mut self, at: usize) {
+    pub(super) fn move_house(&mut self, at: usize) {
         let port = 1_024 + throw(&mut self.dice, 60_000) as u16;
         self.machines[at].address.set_port(port);
     }
 
-    fn remove(&mut self, at: usize) {
+    pub(super) fn remove(&mut self, at: usize) {
         let (now, wall) = (self.now, self.wall());
         let gone = self.machines.iter().filter(|machine| machine.removed).count();
         let Some(index) = &mut self.index else { return };
@@ -673,12 +832,9 @@ impl IndexWorld {
         }
     }
 
-    fn index_down(&mut self) {
+    pub(super) fn index_down(&mut self) {
         if let Some(index) = self.index.take() {
-            let stats = index.stats();
-            self.story.repeats += stats.repeats;
-            self.story.lapsed += stats.lapsed;
-            self.story.overtaken += stats.dropped.get(&Dropped::Overtaken).copied().unwrap_or(0);
+            self.story.count(&index.stats());
             self.story.restarts += 1;
             let saved = match throw(&mut self.dice, 4) {
                 0 => Saved::Nothing,
@@ -718,7 +874,7 @@ impl IndexWorld {
         self.carry_index();
     }
 
-    fn rebirth(&mut self, at: usize) {
+    pub(super) fn rebirth(&mut self, at: usize) {
         let now = self.now;
         let seed = self.dice.next();
         let machine = &mut self.machines[at];
@@ -726,6 +882,7 @@ impl IndexWorld {
             return;
         }
         machine.life += 1;
+        machine.fetching = false;
         machine.registered.clear();
         machine.questions.clear();
         machine.abandoned.clear();
@@ -741,13 +898,13 @@ impl IndexWorld {
     }
 
     /// The troubles are over: nothing is lost any more, and everybody who was coming back is back.
-    fn mend(&mut self) {
+    pub(super) fn mend(&mut self) {
         self.mended = true;
         (self.plan.lost, self.plan.late) = (0, 0);
         if self.index.is_none() {
             self.index_up(Saved::All);
         }
-        let all = 0..self.machines.len();
+        let all = 0..if self.plan.alone { self.machines.len() } else { 0 };
         let reborn: Vec<usize> = all.filter(|_| chance(&mut self.dice, 700)).collect();
         for at in reborn {
             self.rebirth(at);
@@ -771,13 +928,18 @@ impl IndexWorld {
     }
 
     /// Compares what everybody believes with what is true.
-    fn judge(&mut self) {
+    pub(super) fn judge(&mut self) {
         let index = self.index.as_ref().expect("the index is up at the end");
         let mut truth: BTreeMap<ContentId, BTreeMap<PeerId, u16>> = BTreeMap::new();
         for (at, machine) in self.machines.iter().enumerate() {
             let Some(link) = &machine.link else { continue };
             link.check();
-            assert!(machine.questions.is_empty(), "machine {at} was not answered");
+            let late = |asked: &&Moment| self.now.since(**asked) > ANSWERED;
+            assert_eq!(
+                machine.questions.values().find(late),
+                None,
+                "machine {at} was not answered"
+            );
             for (id, item) in machine.hosts.iter().filter(|_| !machine.removed) {
                 assert!(machine.registered.contains(id), "machine {at} does not know of {id:?}");
                 truth.entry(*id).or_default().insert(machine.key.peer(), item.held);
@@ -809,23 +971,46 @@ impl IndexWorld {
         self.story.rows = everything.len();
     }
 
-    fn tell(mut self) -> Story {
+    pub(super) fn tell(mut self) -> Story {
         if let Some(index) = &self.index {
-            let stats = index.stats();
-            self.story.repeats += stats.repeats;
-            self.story.lapsed += stats.lapsed;
-            self.story.overtaken += stats.dropped.get(&Dropped::Overtaken).copied().unwrap_or(0);
+            self.story.count(&index.stats());
         }
         self.story.digest = *self.tale.finalize().as_bytes();
         self.story
     }
 
-    fn key(&self) -> MachineKey {
+    pub(super) fn key(&self) -> MachineKey {
         MachineKey::from_seed([99; 32])
     }
 
-    fn wall(&self) -> WallTime {
-        BIRTH.plus(self.now.since(Moment::ZERO))
+    /// What the index's wall clock says.
+    pub(super) fn wall(&self) -> WallTime {
+        WallTime(
+            (BIRTH.0 + self.now.since(Moment::ZERO).as_secs()).saturating_add_signed(self.skew),
+        )
+    }
+
+    /// What a machine's wall clock says.
+    pub(super) fn wall_of(&self, at: usize) -> WallTime {
+        let right = BIRTH.0 + self.now.since(Moment::ZERO).as_secs();
+        WallTime(right.saturating_add_signed(self.machines[at].skew))
+    }
+
+    pub(super) const fn is_up(&self) -> bool {
+        self.index.is_some()
+    }
+
+    pub(super) fn catalog(&self) -> &crate::catalog::Catalog {
+        self.index.as_ref().expect("the index is up at the end").catalog()
+    }
+
+    /// The version of the index's list of removed machines.
+    pub(super) fn revocations(&self) -> u32 {
+        self.index.as_ref().map_or(0, |index| index.revocations().version)
+    }
+
+    fn machine_at(&self, address: SocketAddr) -> Option<usize> {
+        self.machines.iter().position(|machine| machine.address == address)
     }
 
     fn at(&mut self, wait: Duration, event: Event) {
@@ -833,9 +1018,13 @@ impl IndexWorld {
         self.events.insert((self.now + wait, self.next_event), event);
     }
 
-    /// Gives a datagram to the network.
-    fn post(&mut self, event: impl Fn(Vec<u8>) -> Event, datagram: &[u8]) {
+    /// Gives a datagram of or to a machine to the network.
+    fn post(&mut self, machine: Option<usize>, event: impl Fn(Vec<u8>) -> Event, datagram: &[u8]) {
         assert!(datagram.len() <= crate::wire::datagram::MAX_DATAGRAM);
+        if machine.is_some_and(|at| self.machines[at].cut) {
+            self.story.lost += 1;
+            return;
+        }
         let copies = if chance(&mut self.dice, self.plan.doubled) { 2 } else { 1 };
         for _ in 0..copies {
             if chance(&mut self.dice, self.plan.lost) {
@@ -846,6 +1035,26 @@ impl IndexWorld {
             let wait = Duration::from_micros(100 + throw(&mut self.dice, most) as u64);
             self.at(wait, event(datagram.to_vec()));
         }
+    }
+}
+
+fn save(rows: &mut BTreeMap<(Table, Vec<u8>), Vec<u8>>, change: registrar::Change) {
+    let key = (change.table, change.key);
+    match change.value {
+        Some(value) => rows.insert(key, value),
+        None => rows.remove(&key),
+    };
+}
+
+impl Story {
+    /// Adds what a run of the index counted.
+    fn count(&mut self, stats: &registrar::Stats) {
+        let dropped = |why| stats.dropped.get(&why).copied().unwrap_or(0);
+        self.repeats += stats.repeats;
+        self.lapsed += stats.lapsed;
+        self.caught_up += stats.caught_up;
+        self.overtaken += dropped(Dropped::Overtaken);
+        self.replayed += dropped(Dropped::Replayed);
     }
 }
 

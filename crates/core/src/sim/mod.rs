@@ -3,3 +3,4 @@
 
 pub mod index_world;
 pub mod swarm_world;
+pub mod whole_world;

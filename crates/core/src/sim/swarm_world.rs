@@ -10,6 +10,7 @@
 //! [`Catalog`]: crate::catalog::Catalog
 
 mod agenda;
+pub(super) mod outside;
 mod peer;
 #[cfg(test)]
 mod tests;
@@ -86,6 +87,8 @@ pub enum Nature {
     },
     /// Claims to hold everything from the start, and never declines a grant nor takes one.
     Hoarder,
+    /// Claims to hold everything from the start, and serves what it has of it.
+    Liar,
     /// As it should; but its uplink stands still for `lasts` after every `every`.
     Stalling {
         /// So long it sends, …
@@ -265,6 +268,8 @@ enum Event {
         bad: bool,
     },
     Writable(u32),
+    /// A way that was cut is given up.
+    Sever(u32),
     Says(u32, Frame),
 }
 
@@ -272,7 +277,9 @@ enum Event {
 pub struct World {
     plan: Plan,
     layouts: Vec<Arc<Layout>>,
-    index: Catalog,
+    /// Where hosts are found; `None`: somewhere outside, by [`outside::Wish`].
+    index: Option<Catalog>,
+    wishes: std::collections::VecDeque<outside::Wish>,
     dice: Dice,
     peers: Vec<Peer>,
     ways: Vec<Way>,
@@ -309,7 +316,8 @@ impl World {
         let size = |content: &u32| layouts[*content as usize].total();
         let wanted = plan.people.iter().flat_map(|p| &p.wants).map(size).sum();
         let mut world = Self {
-            index: Catalog::new(Limits::default(), 0, dice.next()),
+            index: Some(Catalog::new(Limits::default(), 0, dice.next())),
+            wishes: std::collections::VecDeque::new(),
             unfinished: peers.iter().filter(|p| p.is_waited_for()).count(),
             left_home: layouts.iter().map(|l| Bitfield::none(l.pieces())).collect(),
             plan,
@@ -409,7 +417,7 @@ impl World {
             }
             Event::Arrives { way, bytes, ends } => {
                 let (from, to) = (&self.ways[way as usize], self.ways[way as usize].to);
-                if !from.is_open {
+                if !from.is_open || from.is_cut {
                     return;
                 }
                 let peer = &mut self.peers[to as usize];
@@ -432,8 +440,9 @@ impl World {
                 self.act(to);
             }
             Event::Writable(way) => self.pump(way),
+            Event::Sever(way) => self.sever(way),
             Event::Says(way, frame) => {
-                if self.ways[way as usize].is_open {
+                if self.ways[way as usize].is_open && !self.ways[way as usize].is_cut {
                     let to = self.ways[way as usize].to;
                     self.hear(way, frame);
                     self.act(to);
@@ -449,10 +458,16 @@ impl World {
         }
         if !self.peer(p).swarms.is_empty() {
             self.search(p);
+            self.begin_tending(p);
+        }
+        self.act(p);
+    }
+
+    fn begin_tending(&mut self, p: u32) {
+        if !std::mem::replace(&mut self.peer(p).tending, true) {
             let at = self.now + TEND;
             self.agenda.plan(at, Event::Tend(p));
         }
-        self.act(p);
     }
 
     fn die(&mut self, p: u32) {
@@ -461,7 +476,9 @@ impl World {
             return;
         }
         self.unfinished -= usize::from(self.peer(p).is_waited_for());
-        self.index.evict(MemberNumber(p));
+        if let Some(index) = &mut self.index {
+            index.evict(MemberNumber(p));
+        }
         let ways: Vec<(u32, u32)> = self.peer(p).ways.iter().map(|(to, w)| (*to, *w)).collect();
         for (other, way) in ways {
             self.disconnect(way);
@@ -472,16 +489,19 @@ impl World {
     /// Tells the index how much of a content is here.
     fn register(&mut self, p: u32, content: u32, held: u16) {
         let (member, peer) = (MemberNumber(p), &mut self.peers[p as usize]);
+        let Some(index) = &mut self.index else {
+            return self.wishes.push_back(outside::Wish::Register { peer: p, content });
+        };
         let octets = (10 << 24 | p).to_be_bytes();
         let (first, load) = (peer.registered.is_empty(), peer.sharing.load());
         if first {
-            self.index.report(member, peer::peer_id(p), (octets, 7_701).into(), load, true);
+            index.report(member, peer::peer_id(p), (octets, 7_701).into(), load, true);
         }
         peer.registered.insert(content);
         let size = self.layouts[content as usize].total();
         let item = Item { id: content_id(content), size, held, name: None };
-        self.index.register(member, &item, |_| true).expect("the index has room");
-        while self.index.poll_journal().is_some() {}
+        index.register(member, &item, |_| true).expect("the index has room");
+        while index.poll_journal().is_some() {}
     }
 
     /// Asks the index for hosts.
@@ -493,10 +513,17 @@ impl World {
 
     fn answer(&mut self, p: u32) {
         let asker = Asker { member: MemberNumber(p), loopback: false };
+        if !self.peer(p).alive {
+            return;
+        }
+        let hosts = self.plan.neighbours.min(Search::MAX_HOSTS.into()) as u8;
         for content in self.peer(p).wanting() {
-            let hosts = self.plan.neighbours.min(Search::MAX_HOSTS.into()) as u8;
+            let Some(index) = &mut self.index else {
+                self.wishes.push_back(outside::Wish::Search { peer: p, content, hosts });
+                continue;
+            };
             let search = Search { target: Target::Id(content_id(content)), hosts };
-            let Ok(found) = self.index.search(asker, &search) else { continue };
+            let Ok(found) = index.search(asker, &search) else { continue };
             let hosts = found
                 .hosts
                 .iter()
@@ -538,6 +565,7 @@ impl World {
     fn tend(&mut self, p: u32) {
         let peer = self.peer(p);
         if !peer.alive || peer.wanting().is_empty() {
+            peer.tending = false;
             return;
         }
         self.dial(p);
@@ -563,7 +591,7 @@ impl World {
     }
 
     fn connect(&mut self, a: u32, b: u32) {
-        let (now, delay) = (self.moment(), self.delay(a, b));
+        let delay = self.delay(a, b);
         let hates = |a: &Peer, b: u32| a.banned.contains(&b) || a.ways.contains_key(&b);
         if !self.peer(a).alive
             || !self.peer(b).alive
@@ -573,6 +601,15 @@ impl World {
         {
             return;
         }
+        match self.index {
+            Some(_) => self.greet(a, b, delay),
+            None => self.wishes.push_back(outside::Wish::Greet { dialler: a, dialled: b }),
+        }
+    }
+
+    /// Both are up and believe each other.
+    fn greet(&mut self, a: u32, b: u32, delay: Nanos) {
+        let now = self.moment();
         let first = self.ways.len() as u32;
         for (p, o, way, back) in [(a, b, first, first + 1), (b, a, first + 1, first)] {
             let (peer, other) = (&self.peers[p as usize].person, &self.peers[o as usize].person);
@@ -880,6 +917,7 @@ impl World {
                 self.say_to(p, host, Frame::Cancel(content, pieces));
             }
             swarm::Output::Drop { host, why } => {
+                self.note(4, p, host.0);
                 self.dropped.push((p as usize, host.0 as usize, why));
                 if why == Why::Poison {
                     self.peer(p).banned.insert(host.0);
@@ -914,7 +952,7 @@ impl World {
                 self.say(way, Frame::TheirHaveMore(content, pieces.clone()));
             }
         }
-        if !self.peer(p).registered.contains(&content) {
+        if self.index.is_none() || !self.peer(p).registered.contains(&content) {
             let held = self.peer(p).have(content).map_or(0, Bitfield::thousandths);
             self.register(p, content, held);
         }
@@ -963,7 +1001,7 @@ impl World {
     }
 }
 
-fn content_id(content: u32) -> ContentId {
+pub(super) fn content_id(content: u32) -> ContentId {
     let mut hash = [0; 32];
     hash[..4].copy_from_slice(&content.to_be_bytes());
     ContentId::file(hash)

@@ -30,6 +30,10 @@ const LAGS: Duration = Duration::from_millis(100);
 const SIGN: Duration = Duration::from_secs(20);
 /// A piece that was coming so long ago is coming still.
 const COMING: Duration = Duration::from_secs(3);
+/// After so many Busy in a row a host is believed to take twice as long as it seems, and so on, …
+const BUSIES_TO_DOUBT: u32 = 8;
+/// … so often at most.
+const MOST_DOUBTS: u32 = 8;
 /// What a first answer may take, besides the piece's bytes at [`FIRST_RATE`].
 const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes a second that are expected of a host that was never measured.
@@ -55,6 +59,8 @@ pub(super) struct Neighbour {
     pub(super) busy: Moment,
     /// … or let us wait too long.
     pub(super) rest: Moment,
+    /// How often in a row it said that it is busy, without a piece between.
+    busies: u32,
     /// How often in a row it let us wait too long.
     pub(super) stalls: u8,
     /// Bytes it sent that were new.
@@ -86,6 +92,7 @@ impl Neighbour {
             declined: None,
             busy: Moment::ZERO,
             rest: Moment::ZERO,
+            busies: 0,
             stalls: 0,
             given: 0,
             asked: VecDeque::new(),
@@ -156,7 +163,7 @@ impl Neighbour {
             let took = now.since(since);
             self.usual = Some(self.usual.map_or(took, |usual| (usual * 7 + took) / 8));
         }
-        self.stalls = 0;
+        (self.stalls, self.busies) = (0, 0);
         self.turn = now;
         self.grants = self.grants.map(|_| now);
         self.pace.add(now, bytes);
@@ -248,9 +255,21 @@ impl Neighbour {
         })
     }
 
-    /// How long a further piece of `bytes` would take to come.
+    /// How long a further piece of `bytes` would take to come. From a host that says nothing but Busy
+    /// ever longer: however fast it was once, or might be, others are asked before it.
     pub(super) fn expected_next(&self, bytes: u32) -> Duration {
-        self.time_for(self.asked_bytes + u64::from(bytes))
+        let doubts = (self.busies / BUSIES_TO_DOUBT).min(MOST_DOUBTS);
+        self.time_for(self.asked_bytes + u64::from(bytes)) * (1 << doubts)
+    }
+
+    /// It said that it is busy.
+    pub(super) const fn turned_away(&mut self) {
+        self.busies = self.busies.saturating_add(1);
+    }
+
+    /// Nothing is known of how it answers: it neither sent a piece, nor turned us away.
+    pub(super) const fn is_untried(&self) -> bool {
+        self.rate() == 0 && self.asked_bytes == 0 && self.busies == 0
     }
 
     fn time_for(&self, bytes: u64) -> Duration {

@@ -80,6 +80,36 @@ impl Watched {
 }
 
 #[test]
+fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_asks_a_slow_one() {
+    // Found by the simulation of everything, seed 245: two hosts that said nothing but Busy, in turn,
+    // were always expected to be sooner than a slow one that had the piece.
+    for once_fast in [false, true] {
+        let mut w = Watched::new(4);
+        w.host_with(ms(0), 1, [0]);
+        w.arrives(ms(500), 1, 0);
+        w.host_with(ms(500), 2, [1, 2, 3]);
+        w.host_with(ms(500), 3, [1, 2, 3]);
+        if once_fast {
+            w.arrives(ms(501), 2, 1);
+            w.arrives(ms(502), 3, 2);
+        }
+        w.swarm.on_have_more(ms(503), Host(1), &[Piece(3)]);
+        w.said.clear();
+        let mut asked = vec![];
+        for now in (504..3_000).step_by(5).map(ms) {
+            for busy in [2, 3] {
+                let pieces: Vec<Piece> = w.swarm.asked_of(Host(busy));
+                w.swarm.on_busy(now, Host(busy), &pieces, Duration::from_millis(10));
+                w.listen();
+            }
+            w.tick(now);
+            asked.extend(w.asked(1));
+        }
+        assert!(asked.contains(&3), "fast before: {once_fast}");
+    }
+}
+
+#[test]
 fn the_rarest_piece_is_asked_for_first() {
     let mut w = Watched::new(100);
     w.swarm.pause(ms(0));

@@ -329,6 +329,7 @@ impl Engine {
                 for id in opened {
                     self.attach(id, content);
                 }
+                self.admit_early(content);
             }
             Err(error) if error.kind == ErrorKind::Integrity => {
                 warn!(content = %content, error = %error, "a host sent a false list of pieces");
@@ -597,7 +598,7 @@ impl Engine {
         let recent = |at: &&Moment| now.since(**at) < Duration::from_secs(3);
         let waiting = fetch.waiting(now);
         let stuck = match &fetch.swarm {
-            None => fetch.opened.is_empty() && !fetch.preparing,
+            None => !fetch.opened.values().any(|o| o.answered) && !fetch.preparing,
             Some(swarm) => matches!(
                 swarm.waiting(now),
                 Some(Waiting::NoHosts | Waiting::Missing(_) | Waiting::Silent)

@@ -231,6 +231,10 @@ impl Engine {
         if line.next_load <= now {
             line.next_load = now + LOAD_EVERY;
             line.link.set_load(self.sharing.load());
+            // Issued, or taken over, while a clock was wrong: no peer would let this machine in.
+            if line.membership.certificate.is_timely(clock::wall()).is_err() {
+                line.link.renew();
+            }
         }
     }
 

@@ -11,6 +11,7 @@
 //! | `incoming` | bytes that came in, where they lie until they are of use |
 //! | `secure` | TLS ↔ socket, in few large steps |
 //! | `records` | how a record is sealed and opened |
+//! | `unsent` | how much a socket takes beyond what is on its way |
 //! | `limiter` | the limits all connections keep to together, and whose turn it is |
 
 mod connection;
@@ -21,6 +22,7 @@ mod outbox;
 mod records;
 mod secure;
 mod session;
+mod unsent;
 
 #[cfg(test)]
 mod exchange;

@@ -78,15 +78,26 @@ impl<E> Agenda<E> {
     }
 
     pub(super) fn next(&mut self) -> Option<(Nanos, E)> {
+        self.turn();
+        self.at_hand.pop().map(|entry| (entry.at, entry.event))
+    }
+
+    /// Has the next event at hand, if there is one.
+    fn turn(&mut self) {
         while self.at_hand.is_empty() {
             let next = match (self.near, self.later.first_key_value()) {
-                (0, None) => return None,
+                (0, None) => return,
                 (0, Some((first, _))) => *first,
                 _ => self.slot + 1,
             };
             self.turn_to(next);
         }
-        self.at_hand.pop().map(|entry| (entry.at, entry.event))
+    }
+
+    /// When the next event is.
+    pub(super) fn peek(&mut self) -> Option<Nanos> {
+        self.turn();
+        self.at_hand.peek().map(|entry| entry.at)
     }
 
     fn turn_to(&mut self, slot: u64) {

@@ -8,8 +8,8 @@ use crate::bitfield::Bitfield;
 use crate::dice::Dice;
 use crate::id::{PeerId, Piece};
 use crate::layout::Layout;
-use crate::sharing::Sharing;
-use crate::swarm::Swarm;
+use crate::sharing::{self, Sharing};
+use crate::swarm::{self, Swarm};
 use crate::time::Duration;
 
 pub(super) struct Peer {
@@ -23,6 +23,8 @@ pub(super) struct Peer {
     pub(super) known: BTreeMap<u32, Nanos>,
     pub(super) banned: BTreeSet<u32>,
     pub(super) next_search: Nanos,
+    /// It looks now and then whether it has hosts enough.
+    pub(super) tending: bool,
     /// Contents it told the index of.
     pub(super) registered: BTreeSet<u32>,
     /// Ways that have something for the uplink, and the one it is busy with until then.
@@ -41,10 +43,23 @@ pub(super) struct Peer {
     pub(super) copies_at: Vec<Duration>,
     pub(super) nearly: Option<Duration>,
     pub(super) done: Option<Duration>,
+    /// What its sharing and fetching counted in former lives.
+    pub(super) past: sharing::Counts,
+    pub(super) fetched: swarm::Counts,
 }
 
 impl Peer {
     pub(super) fn new(person: &Person, layouts: &[Arc<Layout>], dice: &mut Dice) -> Self {
+        Self::resumed(person, layouts, &BTreeMap::new(), dice)
+    }
+
+    /// A peer whose store holds so much of what it wants.
+    pub(super) fn resumed(
+        person: &Person,
+        layouts: &[Arc<Layout>],
+        stores: &BTreeMap<u32, Bitfield>,
+        dice: &mut Dice,
+    ) -> Self {
         let mut sharing = Sharing::new(dice.next());
         let mut swarms = Vec::new();
         for content in &person.holds {
@@ -54,9 +69,10 @@ impl Peer {
         }
         for content in &person.wants {
             let layout = &layouts[*content as usize];
-            let none = Bitfield::none(layout.pieces());
-            sharing.add(*content, Arc::clone(layout), &none, false);
-            swarms.push((*content, Swarm::new(Arc::clone(layout), none, dice.next())));
+            let none = || Bitfield::none(layout.pieces());
+            let have = stores.get(content).cloned().unwrap_or_else(none);
+            sharing.add(*content, Arc::clone(layout), &have, false);
+            swarms.push((*content, Swarm::new(Arc::clone(layout), have, dice.next())));
         }
         Self {
             person: person.clone(),
@@ -67,6 +83,7 @@ impl Peer {
             known: BTreeMap::new(),
             banned: BTreeSet::new(),
             next_search: 0,
+            tending: false,
             registered: BTreeSet::new(),
             ring: VecDeque::new(),
             on_line: None,
@@ -81,6 +98,8 @@ impl Peer {
             copies_at: Vec::new(),
             nearly: None,
             done: person.wants.is_empty().then_some(Duration::ZERO),
+            past: sharing::Counts::default(),
+            fetched: swarm::Counts::default(),
         }
     }
 

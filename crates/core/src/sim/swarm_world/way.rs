@@ -73,6 +73,8 @@ pub(super) struct Way {
     /// The other way of it.
     pub(super) back: u32,
     pub(super) is_open: bool,
+    /// Nothing gets through any more, and soon it is given up.
+    pub(super) is_cut: bool,
     pub(super) delay: Nanos,
     /// Contents, as bits: `to` opened it here, sees what `from` holds of it, had it from the start.
     pub(super) opened: u32,
@@ -101,6 +103,7 @@ impl Way {
             to,
             back,
             is_open: true,
+            is_cut: false,
             delay,
             opened: 0,
             shown: 0,
