@@ -38,6 +38,9 @@ pub mod testing;
 mod timing;
 mod tls;
 mod transfer;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod trial;
 
 pub use api::{Completed, Download, Shared};
 pub use error::{Error, ErrorKind, Result};

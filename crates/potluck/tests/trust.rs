@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use common::{Machine, Table, made_of, made_up, table, until};
+use common::{Machine, Table, Under, made_of, made_up, table, until};
 use potluck::control::Event;
 
 /// A new invitation, and its id.
@@ -147,6 +147,40 @@ fn a_state_folder_has_one_process() {
         assert!(text.contains("runs already for"), "{text}");
     }
     assert_eq!(alice.lists(), vec![]);
+}
+
+/// Whatever is said, at whatever level: no key, no invitation, and nothing in a core either.
+#[test]
+fn secrets_are_in_no_log_and_no_core() {
+    let dir = tempfile::tempdir().unwrap();
+    let (log, home) = (dir.path().join("log"), dir.path().join("alice"));
+    let index = Machine::start(dir.path(), "index", "index");
+    let invite = index.invitation();
+    fs::create_dir(&home).unwrap();
+    let logs = "exec \"$@\" 2> \"$0\"";
+    let sh = ["sh", "-c", logs, log.to_str().unwrap()].map(Into::into).into();
+    let by = Under { process: sh, verbs: vec![] };
+    let alice = Machine::start_by(home, "alice", "up", &["-vv"], by);
+    alice.joins(&invite);
+    alice.shares("film", &made_up(1_000));
+    // What a person mistypes is shown to that person alone.
+    assert_ne!(alice.run(&["join", &format!("{invite}x")]).0, 0);
+    let said = fs::read(&log).unwrap();
+    assert!(said.len() > 100, "it logs");
+    let has = |secret: &[u8]| said.windows(secret.len()).any(|window| window == secret);
+    let key = fs::read(alice.state().join("peer/key")).unwrap();
+    let hex: String = key[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    assert!(!has(&key[..8]) && !has(hex.as_bytes()));
+    let secret = invite.split_once('@').unwrap().0;
+    assert!(!has(secret.as_bytes()), "an invitation is a secret");
+    for machine in [&index, &alice] {
+        let of =
+            |file: &str| fs::read_to_string(format!("/proc/{}/{file}", machine.pid())).unwrap();
+        let limits = of("limits");
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        assert_eq!(core.split_whitespace().collect::<Vec<_>>()[4..6], ["0", "0"], "{core}");
+        assert_eq!(u64::from_str_radix(of("coredump_filter").trim(), 16), Ok(0));
+    }
 }
 
 /// Stands between members and the index, on TCP and UDP, and keeps what members send by UDP.

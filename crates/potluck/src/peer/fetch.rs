@@ -566,7 +566,9 @@ impl Engine {
                 && now.since(asked) > META_PATIENCE
             {
                 fetch.meta = None;
+                fetch.opened.remove(&from); // at once, so that another is asked
                 self.drop_host(from, Goodbye::TimedOut, "the list of pieces did not come");
+                self.want_meta(id);
             }
             self.connect(id);
             self.tell_askers(id, now);

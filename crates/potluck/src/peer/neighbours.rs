@@ -28,7 +28,7 @@ const MAX_TOLD: usize = 64;
 /// Pieces a host may offer before it is known how many there are.
 const MAX_EARLY: usize = 4_096;
 /// A host that was asked for metadata and gave none for so long is left for another.
-pub(super) const META_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const META_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the index is asked for further hosts, while there are few.
 pub(super) const SEARCH_EVERY: Duration = Duration::from_secs(3);
 /// How long a host that sent a bad piece is not spoken to.
@@ -140,15 +140,20 @@ impl Engine {
             return;
         }
         let connected = fetch.known.values().filter(|k| k.conn.is_some()).count();
-        let mut wanted: Vec<(PeerId, SocketAddr)> = fetch
+        let told = fetch.known.values().filter(|k| k.told && k.conn.is_some()).count();
+        let mut wanted: Vec<(bool, PeerId, SocketAddr)> = fetch
             .known
             .iter()
             .filter(|(peer, k)| k.conn.is_none() && k.next_try <= now && !banned.contains(peer))
-            .map(|(peer, k)| (*peer, k.address))
+            .map(|(peer, k)| (k.told, *peer, k.address))
             .collect();
         shuffle(&mut wanted);
+        // Whom the index knows first; others never take all places.
+        let (mut wanted, mut others): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| !w.0);
+        others.truncate((MAX_NEIGHBOURS / 2).saturating_sub(told));
+        wanted.append(&mut others);
         wanted.truncate(MAX_NEIGHBOURS.saturating_sub(connected));
-        for (peer, address) in wanted {
+        for (_, peer, address) in wanted {
             let conn = match self.connected_to(peer).map_or_else(|| self.dial(peer, address), Ok) {
                 Ok(conn) => conn,
                 Err(e) => return warn!(error = %e, "cannot dial"),

@@ -266,6 +266,29 @@ fn decode_runs(r: &mut Reader<'_>) -> Result<Vec<Piece>, Malformed> {
     Ok(pieces)
 }
 
+/// A journal as a hostile disk could have it: every check is right, whatever it says. Each record of
+/// `script` is a kind, a length and so many bytes. It names no place but the head's.
+#[cfg(any(test, fuzzing))]
+pub(super) fn forged(head: &Head, mut script: &[u8]) -> Vec<u8> {
+    let mut out = encode_head(head);
+    while let [kind, length, rest @ ..] = script {
+        let (body, rest) = rest.split_at(rest.len().min((*length).into()));
+        script = rest;
+        let begin = out.len();
+        if *kind == 4 {
+            let target = Record::Target(head.target.clone(), body.first() == Some(&1));
+            encode_record(&head.id, begin as u64, &target, &mut out);
+            continue;
+        }
+        out.u8(*kind);
+        out.u32(body.len() as u32);
+        out.put(body);
+        let check = check(&head.id, begin as u64, &out[begin..]);
+        out.put(&check);
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

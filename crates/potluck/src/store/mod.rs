@@ -23,6 +23,8 @@ mod replica;
 mod resume;
 #[cfg(test)]
 mod tests;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod trial;
 
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;

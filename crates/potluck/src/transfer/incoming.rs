@@ -193,14 +193,14 @@ pub(super) const fn carrying(plain: usize) -> usize {
 }
 
 /// A stream of which these bytes have come and were opened.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(super) fn opened(bytes: &[u8]) -> Incoming {
     let mut incoming = Incoming::new(0);
     incoming.put(bytes);
     incoming
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Incoming {
     /// More has come and was opened.
     pub(super) fn put(&mut self, bytes: &[u8]) {

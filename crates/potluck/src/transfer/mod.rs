@@ -30,6 +30,8 @@ mod exchange;
 pub(crate) mod puppet;
 #[cfg(test)]
 mod tests;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod trial;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::{SocketAddr, TcpListener};

@@ -274,6 +274,18 @@ impl Session {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Session {
+    /// Panics where it remembers more than it may.
+    pub(super) fn check(&self) {
+        assert!(self.theirs.len() <= MAX_CHANNELS && self.ours.len() <= MAX_CHANNELS);
+        assert!(self.theirs.values().all(|theirs| theirs.wanted.len() <= MAX_WANTS + MAX_PIECES));
+        let meta = |ours: &Ours| ours.meta.bytes.len() <= ours.meta.manifest + ours.meta.proof;
+        assert!(self.ours.values().all(meta));
+        assert!(self.reports.len() <= MAX_REPORTS && self.rejects <= MAX_REJECTS + 1);
+    }
+}
+
 // What is asked of the time.
 impl Session {
     /// The other side has owed us an answer for so long.

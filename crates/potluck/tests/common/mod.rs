@@ -115,13 +115,25 @@ impl Machine {
         more: &[&str],
         by: Under,
     ) -> Self {
+        Self::start_at("127.0.0.1:0", home, name, verb, more, by)
+    }
+
+    /// The same, listening there.
+    pub(crate) fn start_at(
+        listen: &str,
+        home: PathBuf,
+        name: &str,
+        verb: &str,
+        more: &[&str],
+        by: Under,
+    ) -> Self {
         let mut args: Vec<String> = [verb, "--json", "--leash"].map(Into::into).into();
         if verb == "up" {
             args.extend(["--label", name].map(Into::into));
         }
         args.extend(more.iter().map(|&arg| arg.into()));
         let role = if verb == "up" { Role::Peer } else { Role::Index };
-        let (child, stdout, ready) = Self::spawn(&by.process, &home, &args, "127.0.0.1:0");
+        let (child, stdout, ready) = Self::spawn(&by.process, &home, &args, listen);
         Self { home, ready, args, role, by, child, stdout }
     }
 

@@ -34,6 +34,7 @@ use crate::render::{err, out, plain_lines};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     take_all_descriptors();
+    leave_no_core();
     let json = cli.common.json;
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -50,6 +51,14 @@ fn take_all_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// Keys are in memory: a crash is to leave none of it on a disk. The limit alone is not enough where
+/// cores go to a program, so nothing is to be in them either.
+fn leave_no_core() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    let _ = std::fs::write("/proc/self/coredump_filter", "0");
 }
 
 fn run(cli: Cli) -> Result<()> {

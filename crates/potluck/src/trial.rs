@@ -1,0 +1,84 @@
+//! Owns the doors for fuzzing what needs a disk, and the replay of what it found. No part of what is
+//! shipped.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use crate::store::{Replica, Store, trial as disk};
+use crate::transfer::trial as wire;
+
+/// A folder of this process in memory, where there is one; emptied.
+fn room(name: &str) -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    let base = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    let room = base.join(format!("potluck-trial-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&room);
+    std::fs::create_dir_all(&room).expect("room to try things in");
+    room
+}
+
+fn in_room(name: &str, work: impl FnOnce(&Path)) {
+    let room = room(name);
+    work(&room);
+    let _ = std::fs::remove_dir_all(room);
+}
+
+/// See [`disk::journal`].
+pub fn journal(script: &[u8]) {
+    in_room("journal", |room| disk::journal(room, script));
+}
+
+/// See [`disk::folder`].
+pub fn folder(manifest: &[u8]) {
+    in_room("folder", |room| disk::folder(room, manifest));
+}
+
+/// See [`wire::connection`].
+pub fn connection(script: &[u8]) {
+    static CONTENTS: OnceLock<(Store, Arc<Replica>, Store, Arc<Replica>)> = OnceLock::new();
+    let (_, whole, _, growing) = CONTENTS.get_or_init(|| {
+        let room = room("connection");
+        let (one, _) = Store::open(&room.join("one")).expect("a store");
+        let whole = disk::share(&one, &room.join("shared"));
+        let (two, _) = Store::open(&room.join("two")).expect("a store");
+        let (manifest, proof) = (whole.manifest(), whole.proof());
+        let at = room.join("copy");
+        let growing = two.fetch(whole.id(), whole.size(), manifest, &proof, &at, false);
+        // It needs no name any more: nothing is left when this process ends.
+        let _ = std::fs::remove_dir_all(&room);
+        (one, whole, two, growing.expect("room for three pieces"))
+    });
+    wire::connection(script, whole, growing);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn replay(target: &str, run: fn(&[u8])) {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
+        let mut ran = 0;
+        for file in std::fs::read_dir(corpus).unwrap() {
+            let path = file.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            assert!(std::panic::catch_unwind(|| run(&bytes)).is_ok(), "{}", path.display());
+            ran += 1;
+        }
+        assert!(ran > 0, "{target}");
+    }
+
+    #[test]
+    fn whatever_a_disk_says_of_a_download_is_looked_at_and_not_believed() {
+        replay("journal", journal);
+    }
+
+    #[test]
+    fn whatever_a_folder_is_said_to_hold_lies_within_it() {
+        replay("folder", folder);
+    }
+
+    #[test]
+    fn whatever_a_member_says_on_a_connection_is_bounded() {
+        replay("connection", connection);
+    }
+}

@@ -1,0 +1,4 @@
+#![no_main]
+libfuzzer_sys::fuzz_target!(|script: &[u8]| {
+    potluck::trial::connection(script);
+});
