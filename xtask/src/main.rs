@@ -5,6 +5,7 @@
 mod bench;
 mod lab;
 mod proc;
+mod sim;
 mod table;
 mod tools;
 
@@ -31,6 +32,11 @@ enum Verb {
     /// every copy and compares the time of the last with the bound that nothing can beat. Needs root;
     /// whatever it makes is gone when it ends, however it ends.
     Lab(Box<lab::Args>),
+    /// Try everything in seeded worlds where much goes wrong, or see that the tests notice broken code
+    ///
+    /// Index, links, swarms, sharing and trust in one world each; at the end every belief is compared
+    /// with the truth. A seed that fails is named, with the smallest set of faults that still fails.
+    Sim(sim::Args),
     /// The echoes that `bench index` measures against
     #[command(hide = true)]
     Echo(bench::echo::Args),
@@ -40,6 +46,7 @@ fn main() -> anyhow::Result<()> {
     match Task::parse().task {
         Verb::Bench(args) => bench::run(&args),
         Verb::Lab(args) => lab::run(&args),
+        Verb::Sim(args) => sim::run(&args),
         Verb::Echo(args) => bench::echo::serve(&args),
     }
 }

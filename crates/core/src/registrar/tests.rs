@@ -427,6 +427,37 @@ fn a_lease_lapses_after_three_missed_heartbeats_and_an_empty_report_renews_it() 
 }
 
 #[test]
+fn a_wall_clock_that_jumps_moves_no_lease_and_costs_nobody_its_session() {
+    let mut index = Index::new();
+    let mut peer = index.member(1, Role::Publish);
+    peer.register(&mut index, vec![item(1)]);
+    let five_years = Duration::from_secs(5 * 365 * 24 * 3_600);
+    for wall in [WALL.minus(3_600 * SECOND), WALL.plus(five_years), WALL] {
+        index.wall = wall;
+        for _ in 0..4 {
+            index.pass(25 * SECOND);
+            peer.prove(&mut index);
+            peer.register(&mut index, vec![]);
+        }
+        assert_eq!(index.registrar.stats().lapsed, 0, "at {wall}");
+        assert_eq!(index.registrar.catalog().counts().registrations, 1);
+    }
+    index.wall = WALL.plus(five_years);
+    index.pass(74 * SECOND);
+    assert_eq!(index.registrar.stats().lapsed, 0, "not before its time");
+    index.wall = WALL.minus(3_600 * SECOND);
+    index.pass(2 * SECOND);
+    assert_eq!(index.registrar.stats().lapsed, 1, "nor after it");
+    // What a machine with a right clock says of a certificate that was issued at another time.
+    index.wall = WALL.plus(five_years);
+    let early = index.session(peer.key.peer()).certificate;
+    let distrust = early.check(key().network(), peer.key.peer(), WALL).unwrap_err();
+    assert!(distrust.to_string().contains("clock"), "{distrust}");
+    let old = peer.session.certificate.check(key().network(), peer.key.peer(), index.wall);
+    assert!(old.unwrap_err().to_string().contains("clock"));
+}
+
+#[test]
 fn a_digest_that_differs_asks_for_everything_and_a_round_heals() {
     let mut index = Index::new();
     let mut peer = index.member(1, Role::Publish);
@@ -1056,6 +1087,48 @@ proptest! {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn before_an_address_is_proven_no_reply_is_as_long_as_what_it_answers(
+        kind in prop::sample::select(b"RSTOW".to_vec()),
+        plaintext in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..64),
+            prop::collection::vec(any::<u8>(), 0..1_100),
+        ],
+        cookie in any::<[u8; 16]>(),
+        (removed, moved) in any::<(bool, bool)>(),
+    ) {
+        let mut index = Index::new();
+        let (mut peer, mut other) = (index.member(1, Role::Publish), index.member(2, Role::Publish));
+        other.register(&mut index, vec![item(1)]);
+        if removed {
+            let removal = Removal::Peer(peer.key.peer());
+            index.registrar.remove(index.now, index.wall, &removal).unwrap();
+            index.carry();
+        }
+        peer.counter += 1;
+        let head = RequestHead {
+            kind,
+            epoch: peer.session.epoch,
+            member: peer.session.member,
+            salt: peer.session.salt,
+            counter: peer.counter,
+            // A cookie proves one address, and no other.
+            cookie: if moved { peer.cookie } else { cookie },
+        };
+        let from = if moved { SocketAddr::from(([10, 9, 9, 9], 4_000)) } else { peer.from };
+        let (datagram, rows) =
+            (seal_request(&peer.session.key_to_index, &head, &plaintext), index.rows.clone());
+        let replies = index.hear(from, &datagram);
+        prop_assert!(replies.len() <= 1);
+        for (to, reply) in replies {
+            prop_assert_eq!(to, from);
+            prop_assert!(reply.len() < datagram.len(), "{} for {}", reply.len(), datagram.len());
+        }
+        prop_assert!(index.rows == rows, "nothing happened");
+        index.pass(SECOND);
+        prop_assert!(index.sent.is_empty(), "nothing follows");
+    }
+
     #[test]
     fn no_sequence_of_datagrams_breaks_a_promise(
         steps in prop::collection::vec((any::<[u8; 3]>(), prop::collection::vec(any::<u8>(), 0..120)), 0..40),

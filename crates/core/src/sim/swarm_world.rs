@@ -46,6 +46,8 @@ const TEND: Nanos = 500_000_000;
 const AGAIN: Nanos = 200_000_000;
 /// A peer's program looks at its machines' deadlines at least this often, …
 const LOOK: Nanos = 1_000_000;
+/// A connection on which nothing comes is given up after this.
+const SILENCE: Nanos = 45_000_000_000;
 /// Hosts that a host tells of at most.
 const MOST_TOLD: usize = crate::wire::stream::MAX_HOSTS;
 /// Nanoseconds since the world began.
@@ -112,6 +114,8 @@ pub enum Death {
     Never,
     /// So long after the beginning.
     At(Duration),
+    /// So long after the beginning, and without a word: its connections stand until they are given up.
+    Vanishes(Duration),
     /// After it has sent so many thousandths of all contents.
     AfterCopies(u64),
     /// As soon as it has all it wants.
@@ -163,6 +167,8 @@ pub struct Report {
     pub nearly: Vec<Option<Duration>>,
     /// When all together had one, two … tenths of what they wanted.
     pub tenths: Vec<Duration>,
+    /// The longest time that each person waited for a new piece.
+    pub waited: Vec<Duration>,
     /// Pieces it holds of what it wanted.
     pub held: Vec<u32>,
     /// Pieces that were sent whole by those who held them from the start, counted once.
@@ -248,6 +254,7 @@ impl Plan {
 enum Event {
     Join(u32),
     Die(u32),
+    Vanish(u32),
     /// The index answers.
     Answer(u32),
     /// Somebody dialled is reached.
@@ -339,8 +346,10 @@ impl World {
             let person = &world.peers[p].person;
             let (joins, dies) = (nanos(person.joins), person.dies);
             world.agenda.plan(joins, Event::Join(p as u32));
-            if let Death::At(at) = dies {
-                world.agenda.plan(nanos(at), Event::Die(p as u32));
+            match dies {
+                Death::At(at) => world.agenda.plan(nanos(at), Event::Die(p as u32)),
+                Death::Vanishes(at) => world.agenda.plan(nanos(at), Event::Vanish(p as u32)),
+                Death::Never | Death::AfterCopies(_) | Death::WhenDone => {}
             }
         }
         world
@@ -367,6 +376,7 @@ impl World {
             done: self.peers.iter().map(|p| p.done).collect(),
             nearly: self.peers.iter().map(|p| p.nearly).collect(),
             tenths: self.tenths,
+            waited: self.peers.iter().map(|p| Duration::from_nanos(p.waited)).collect(),
             held: self.peers.iter().map(|p| p.progress().0).collect(),
             left_home: self.left_home.iter().map(|left| left.count() as usize).sum(),
             waiting: self.peers.iter().map(waits).collect(),
@@ -404,6 +414,7 @@ impl World {
         match event {
             Event::Join(p) => self.join(p),
             Event::Die(p) => self.die(p),
+            Event::Vanish(p) => self.vanish(p),
             Event::Answer(p) => self.answer(p),
             Event::Connect(a, b) => self.connect(a, b),
             Event::Tend(p) => self.tend(p),
@@ -453,6 +464,7 @@ impl World {
 
     fn join(&mut self, p: u32) {
         self.peer(p).alive = true;
+        self.peer(p).last_new = self.now;
         for content in self.peer(p).person.holds.clone() {
             self.register(p, content, HELD_ALL);
         }
@@ -467,6 +479,19 @@ impl World {
         if !std::mem::replace(&mut self.peer(p).tending, true) {
             let at = self.now + TEND;
             self.agenda.plan(at, Event::Tend(p));
+        }
+    }
+
+    fn vanish(&mut self, p: u32) {
+        self.note(5, p, 0);
+        if std::mem::replace(&mut self.peer(p).alive, false) {
+            self.unfinished -= usize::from(self.peer(p).is_waited_for());
+            let ways: Vec<u32> = self.peer(p).ways.values().copied().collect();
+            for way in ways {
+                let back = self.way(way).back;
+                (self.way(way).is_cut, self.way(back).is_cut) = (true, true);
+                self.agenda.plan(self.now + SILENCE, Event::Sever(way));
+            }
         }
     }
 
@@ -850,6 +875,8 @@ impl World {
             Arrived::Bad => *self.bad.entry((to as usize, from as usize)).or_default() += 1,
             Arrived::Duplicate => peer.duplicate += u64::from(bytes),
             _ => {
+                peer.waited = peer.waited.max(self.now - peer.last_new);
+                peer.last_new = self.now;
                 let (held, all) = peer.progress();
                 if peer.nearly.is_none() && u64::from(held) * 100 >= u64::from(all) * 99 {
                     peer.nearly = Some(Duration::from_nanos(self.now));

@@ -41,6 +41,9 @@ pub(super) struct Peer {
     pub(super) sent: u64,
     pub(super) duplicate: u64,
     pub(super) copies_at: Vec<Duration>,
+    /// When a new piece came last, and the longest time that one was waited for.
+    pub(super) last_new: Nanos,
+    pub(super) waited: Nanos,
     pub(super) nearly: Option<Duration>,
     pub(super) done: Option<Duration>,
     /// What its sharing and fetching counted in former lives.
@@ -96,6 +99,8 @@ impl Peer {
             sent: 0,
             duplicate: 0,
             copies_at: Vec::new(),
+            last_new: 0,
+            waited: 0,
             nearly: None,
             done: person.wants.is_empty().then_some(Duration::ZERO),
             past: sharing::Counts::default(),

@@ -196,6 +196,49 @@ fn each_poisoner_spoils_one_piece_of_each_fetcher_and_nobody_honest_is_dropped()
 }
 
 #[test]
+fn three_poisoners_of_ten_cost_a_piece_each_and_are_dropped_by_all_whom_they_served() {
+    for seed in 0..4 {
+        let honest = Plan { seed, ..equal(10, 16) };
+        let mut poisoned = honest.clone();
+        for (p, after, every) in [(2, 0, 1), (5, 7, 1), (9, 20, 3)] {
+            poisoned.people[p].nature = Nature::Poisoner { after, every };
+        }
+        let others = (1..=10).filter(|p| poisoned.people[*p].nature == Nature::Honest);
+        let others: Vec<usize> = others.collect();
+        let usual = World::new(honest).run(LIMIT).last(others.clone()).expect("everyone completes");
+        let report = World::new(poisoned).run(LIMIT);
+        let last = report.last(others.clone()).expect("everyone honest completes");
+        assert!(last.as_secs_f64() <= 1.5 * usual.as_secs_f64(), "{last:?} instead of {usual:?}");
+        assert_only_dropped(&report, &[2, 5, 9]);
+        let by_honest = report.bad.iter().filter(|((to, _), _)| others.contains(to));
+        let poisoners: BTreeSet<usize> = by_honest.clone().map(|((_, from), _)| *from).collect();
+        assert_eq!(poisoners, [2, 5, 9].into(), "seed {seed}: each had its chance");
+        for ((to, from), pieces) in by_honest {
+            assert_eq!(*pieces, 1, "seed {seed}: {to} took {pieces} bad pieces of {from}");
+            assert!(report.dropped.contains(&(*to, *from, Why::Poison)), "{to} kept {from}");
+        }
+    }
+}
+
+#[test]
+fn when_half_die_midway_with_or_without_a_word_the_others_complete_and_nobody_waits_long() {
+    for (seed, silently) in (0..6).map(|seed| (seed, seed % 2 == 1)) {
+        let mut plan = Plan { seed, ..equal(12, 16) };
+        for (n, p) in (1..=12).step_by(2).enumerate() {
+            let at = Duration::from_millis(300 + 150 * n as u64);
+            plan.people[p].dies = if silently { Death::Vanishes(at) } else { Death::At(at) };
+        }
+        let report = World::new(plan).run(LIMIT);
+        let living = (2..=12).step_by(2);
+        let last = report.last(living.clone());
+        assert!(last.is_some(), "seed {seed}: {:?}", report.waiting);
+        let waited = living.map(|p| report.waited[p]).max().unwrap_or_default();
+        // The promise is 5 s; what a silent host was asked for is taken back after 0.3 s at the least.
+        assert!(waited <= Duration::from_secs(2), "seed {seed}: somebody waited {waited:?}");
+    }
+}
+
+#[test]
 fn two_contents_at_once_share_the_line() {
     let mut plan = equal(0, 0);
     plan.contents = vec![vec![16 * MIB], vec![16 * MIB]];
