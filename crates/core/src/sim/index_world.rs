@@ -617,7 +617,7 @@ impl IndexWorld {
             Some(record) => Target::Name(record.name.clone(), None),
             None => Target::Id(item.id),
         };
-        let search = Search { target, hosts: 16 };
+        let search = Search { target, hosts: 16, avoid: vec![] };
         machine.questions.insert(link.ask(now, Request::Search(search)));
         let list = List { glob: "name-*".to_owned(), after: None };
         machine.questions.insert(link.ask(now, Request::List(list)));

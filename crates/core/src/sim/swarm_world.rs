@@ -495,7 +495,7 @@ impl World {
         let asker = Asker { member: MemberNumber(p), loopback: false };
         for content in self.peer(p).wanting() {
             let hosts = self.plan.neighbours.min(Search::MAX_HOSTS.into()) as u8;
-            let search = Search { target: Target::Id(content_id(content)), hosts };
+            let search = Search { target: Target::Id(content_id(content)), hosts, avoid: vec![] };
             let Ok(found) = self.index.search(asker, &search) else { continue };
             let hosts = found
                 .hosts

@@ -35,6 +35,8 @@ pub(super) struct Known {
     pub(super) conn: Option<ConnId>,
     pub(super) next_try: Moment,
     pub(super) backoff: Backoff,
+    /// The last try to reach it failed.
+    pub(super) unreached: bool,
 }
 
 /// A channel open for this content.
@@ -61,7 +63,8 @@ impl Engine {
         }
         fetch.searching = true;
         fetch.next_search = clock::now() + SEARCH_EVERY;
-        let search = Search { target: Target::Id(id), hosts: Search::MAX_HOSTS };
+        let avoid = self.of_no_use(id);
+        let search = Search { target: Target::Id(id), hosts: Search::MAX_HOSTS, avoid };
         self.ask(Question::Search(search), move |engine, answer| {
             if let Some(fetch) = engine.fetch_mut(id) {
                 fetch.searching = false;
@@ -71,6 +74,18 @@ impl Engine {
                 engine.on_found(&found);
             }
         });
+    }
+
+    /// Hosts of `id` that could not be reached, or sent what did not verify: the index hears of them, so
+    /// that it sends others elsewhere.
+    fn of_no_use(&mut self, id: ContentId) -> Vec<PeerId> {
+        let banned = self.banned(clock::now());
+        let Some(fetch) = self.fetch_mut(id) else { return vec![] };
+        let of_no_use = |(peer, known): &(&PeerId, &Known)| {
+            known.conn.is_none() && (known.unreached || banned.contains(peer))
+        };
+        let all = fetch.known.iter().filter(of_no_use).map(|(peer, _)| *peer);
+        all.take(Search::MAX_AVOIDED).collect()
     }
 
     pub(super) fn on_found(&mut self, found: &Found) {
@@ -101,6 +116,7 @@ impl Engine {
                 conn: None,
                 next_try: Moment::ZERO,
                 backoff: patience(),
+                unreached: false,
             });
             if known.address != address {
                 *known = Known {
@@ -108,6 +124,7 @@ impl Engine {
                     address,
                     next_try: Moment::ZERO,
                     backoff: patience(),
+                    unreached: false,
                 };
             }
         }
@@ -200,6 +217,7 @@ impl Engine {
             conn: None,
             next_try: Moment::ZERO,
             backoff: patience(),
+            unreached: false,
         });
         known.conn = Some(id);
     }
@@ -427,6 +445,7 @@ impl Engine {
                 && known.conn == Some(id)
             {
                 known.conn = None;
+                known.unreached = !conn.up;
                 // One that was up and went may be back at once; one that was never reached waits longer.
                 let wait = match (why.fault(), conn.up) {
                     (Fault::Theirs, _) => BAN,
