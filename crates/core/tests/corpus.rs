@@ -104,7 +104,7 @@ fn requests() -> Samples {
     };
     let full = Register { round: 9, round_ends: true, items, ..heartbeat.clone() };
     let no_round = Register { round_ends: true, ..heartbeat.clone() };
-    let search = |target| Request::Search(Search { target, hosts: 16 });
+    let search = |target| Request::Search(Search { target, hosts: 16, avoid: vec![] });
     let after = RowKey { name: Some(game()), id: file() };
     let asks = [
         ("good-R-heartbeat", Request::Register(heartbeat)),
@@ -112,12 +112,23 @@ fn requests() -> Samples {
         ("good-S-id", search(Target::Id(folder()))),
         ("good-S-name", search(Target::Name(game(), None))),
         ("good-S-version", search(Target::Name(game(), Some(Version(1))))),
+        (
+            "good-S-avoid",
+            Request::Search(Search {
+                target: Target::Id(file()),
+                hosts: 20,
+                avoid: vec![PeerId([6; 32]), PeerId([7; 32])],
+            }),
+        ),
         ("good-O-first", Request::List(List { glob: "*".into(), after: None })),
         ("good-O-after", Request::List(List { glob: "g*".into(), after: Some(after) })),
         ("good-T", Request::Deregister(vec![file(), folder()])),
         ("good-W", Request::Watch(Watch { glob: "*".into(), since: 41, stop: false })),
         ("bad-R-ends-no-round", Request::Register(no_round)),
-        ("bad-S-no-hosts", Request::Search(Search { target: Target::Id(file()), hosts: 0 })),
+        (
+            "bad-S-no-hosts",
+            Request::Search(Search { target: Target::Id(file()), hosts: 0, avoid: vec![] }),
+        ),
         ("bad-T-too-many", Request::Deregister(vec![file(); Request::MAX_DEREGISTER + 1])),
     ];
     let mut padded = open(b'T', Request::Deregister(vec![]).encode(ID));

@@ -6,14 +6,16 @@ use std::fmt::Write;
 
 use blake3::hazmat::{HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root};
 use data_encoding::HEXLOWER;
-use potluck_core::id::{ContentId, MemberNumber, RequestId, Version};
+use potluck_core::id::{ContentId, MemberNumber, PeerId, RequestId, Version};
 use potluck_core::seal::{
     EpochSecret, ReplyHead, RequestHead, WIRE_VERSION, seal_reply, seal_request,
 };
 use potluck_core::time::WallTime;
 use potluck_core::trust::{Invitation, MachineKey, NameRecord, invitation_id, join_tag};
 use potluck_core::wire::bytes::Writer;
-use potluck_core::wire::datagram::{Ack, HELD_ALL, Item, Reply, Request, digest_of};
+use potluck_core::wire::datagram::{
+    Ack, HELD_ALL, Item, Reply, Request, Search, Target, digest_of,
+};
 
 #[test]
 fn the_vectors_in_the_protocol_document_are_what_is_computed() {
@@ -100,7 +102,10 @@ fn datagrams() -> Vectors {
     let item = Item { id: file, size: 1 << 30, held: HELD_ALL, name: Some(named.clone()) };
     let both =
         digest_of(&item).wrapping_add(digest_of(&Item { name: None, size: 5, ..item.clone() }));
+    let avoid = vec![PeerId([0xbb; 32])];
+    let search = Request::Search(Search { target: Target::Id(file), hosts: 20, avoid });
     vec![
+        ("search", hex_lines(&search.encode(id))),
         ("key to index", hex(keys.to_index)),
         ("key from index", hex(keys.from_index)),
         ("reply key", hex(keys.reply_key(boot))),

@@ -448,7 +448,7 @@ fn search(content: u32, dice: u32) -> Request {
         Some(name) if dice & 1 == 0 => Target::Name(name, None),
         _ => Target::Id(content_id(content)),
     };
-    Request::Search(Search { target, hosts: Search::MAX_HOSTS })
+    Request::Search(Search { target, hosts: Search::MAX_HOSTS, avoid: vec![] })
 }
 
 /// The member that is the `nth` host of a content: ten neighbours.

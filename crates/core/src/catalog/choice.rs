@@ -27,6 +27,8 @@ pub(super) struct Card {
     cost: u16,
     /// Fetchers it was handed to since that report, in [`SHARES`] each.
     handed_out: u32,
+    /// Several members say that it is of no use.
+    sunk: bool,
     /// It serves on a loopback address: of use to the index's own machine only.
     loopback: bool,
 }
@@ -65,6 +67,7 @@ impl Card {
             }
             .clamp(LEAST_COST, u16::MAX.into()) as u16,
             handed_out: 0,
+            sunk: false,
             loopback: ip.to_canonical().is_loopback(),
         }
     }
@@ -75,13 +78,15 @@ impl Card {
 
     /// What it is after a new report. Whoever reports all the time is not taken for idle every time.
     pub(super) fn renewed(&self, report: Self, due: bool) -> Self {
-        Self { handed_out: if due { 0 } else { self.handed_out }, ..report }
+        let handed_out = if due { 0 } else { self.handed_out };
+        Self { handed_out, sunk: self.sunk, ..report }
     }
 
     /// How much of its capacity is in use once everyone it was handed to has come, in [`SHARES`] for
     /// each thousandth; more than a thousand where that is too many.
     const fn strain(&self) -> u64 {
-        self.busy as u64 * SHARES as u64 + self.handed_out as u64 * self.cost as u64
+        let sunk = if self.sunk { SUNK } else { 0 };
+        sunk + self.busy as u64 * SHARES as u64 + self.handed_out as u64 * self.cost as u64
     }
 
     /// It stands in an answer, at position `nth`: the further back, the less of the fetcher it gets.
@@ -91,6 +96,8 @@ impl Card {
     }
 }
 
+/// The strain of a host that is of no use: more than any load makes, so all others go before it.
+const SUNK: u64 = 1 << 56;
 /// A fetcher turns to the first host of its answer most: half of it counts there, a quarter at the
 /// second, an eighth at the third, a sixteenth at each further one.
 const SHARES: u32 = 16;
@@ -110,13 +117,20 @@ pub struct Asker {
 }
 
 impl Catalog {
+    /// Whether `host` goes behind all others from now on: it is of no use, by what members say.
+    pub fn sink(&mut self, host: MemberNumber, sunk: bool) {
+        if let Some(card) = self.cards.get_mut(host.0 as usize) {
+            card.sunk = sunk;
+        }
+    }
+
     /// Who hosts what is looked for: at most as many as were asked for and fit a datagram, the least
     /// strained first.
     pub fn search(&mut self, asker: Asker, search: &Search) -> Result<Found, Refusal> {
         let (slot, record) = self.resolve(&search.target)?;
         let record = record.cloned();
         let wanted = usize::from(search.hosts.min(Search::MAX_HOSTS));
-        let chosen = self.choose(slot, asker, wanted);
+        let chosen = self.choose(slot, asker, wanted, &search.avoid);
         let content = &self.contents[slot as usize];
         let (id, size, hosts_in_all) = (content.id, content.size, content.hosts.len() as u32);
         let mut room = Found::room(record.as_ref());
@@ -146,13 +160,19 @@ impl Catalog {
     }
 
     /// Hosts for one who asks, each with its strain, the least strained first.
-    fn choose(&mut self, slot: Slot, asker: Asker, wanted: usize) -> Vec<(u64, Hosting)> {
+    fn choose(
+        &mut self,
+        slot: Slot,
+        asker: Asker,
+        wanted: usize,
+        avoid: &[PeerId],
+    ) -> Vec<(u64, Hosting)> {
         let hosts = &self.contents[slot as usize].hosts;
         let (all, complete) = (hosts.len(), self.contents[slot as usize].complete as usize);
         let mut chosen = Vec::with_capacity(wanted + 1);
         if all <= wanted + 1 {
             let eligible = hosts.iter().filter(|h| self.is_eligible(asker, h.member));
-            chosen.extend(eligible.map(|h| (self.strain(h), *h)));
+            chosen.extend(eligible.map(|h| (self.strain(h, avoid), *h)));
         } else {
             let partial = all - complete;
             // Both kinds by their share of the hosts, but at least a quarter of each: a swarm in
@@ -160,19 +180,19 @@ impl Catalog {
             let quarter = wanted.div_ceil(4);
             let most = wanted - quarter.min(complete);
             let from_partial = (wanted * partial).div_ceil(all).max(quarter).min(most).min(partial);
-            self.draw(slot, complete..all, from_partial, asker, &mut chosen);
+            self.draw(slot, complete..all, from_partial, (asker, avoid), &mut chosen);
             let rest = wanted - chosen.len();
-            self.draw(slot, 0..complete, rest, asker, &mut chosen);
+            self.draw(slot, 0..complete, rest, (asker, avoid), &mut chosen);
             let rest = wanted - chosen.len();
-            self.draw(slot, complete..all, rest, asker, &mut chosen);
+            self.draw(slot, complete..all, rest, (asker, avoid), &mut chosen);
         }
         chosen.sort_by_key(|(strain, _)| *strain);
         chosen.truncate(wanted);
         chosen
     }
 
-    fn strain(&self, host: &Hosting) -> u64 {
-        self.cards[host.member.0 as usize].strain()
+    fn strain(&self, host: &Hosting, avoid: &[PeerId]) -> u64 {
+        strain(&self.cards[host.member.0 as usize], avoid)
     }
 
     fn is_eligible(&self, asker: Asker, host: MemberNumber) -> bool {
@@ -186,7 +206,7 @@ impl Catalog {
         slot: Slot,
         range: std::ops::Range<usize>,
         count: usize,
-        asker: Asker,
+        (asker, avoid): (Asker, &[PeerId]),
         chosen: &mut Vec<(u64, Hosting)>,
     ) {
         let hosts = &self.contents[slot as usize].hosts[range];
@@ -196,7 +216,7 @@ impl Catalog {
                 host != asker.member && (asker.loopback || !cards[host.0 as usize].loopback);
             eligible && chosen.iter().all(|(_, c)| c.member != host)
         };
-        let weighed = |h: &Hosting| (cards[h.member.0 as usize].strain(), *h);
+        let weighed = |h: &Hosting| (strain(&cards[h.member.0 as usize], avoid), *h);
         let dice = &mut self.dice;
         let pick = |dice: &mut Dice, n: usize| dice.below(n as u64) as usize;
         if hosts.len() <= 4 * usize::from(Search::MAX_HOSTS) {
@@ -224,4 +244,9 @@ impl Catalog {
             }
         }
     }
+}
+
+/// How strained a host is to one who has no use for those in `avoid`.
+fn strain(card: &Card, avoid: &[PeerId]) -> u64 {
+    card.strain() + if avoid.contains(&card.peer) { SUNK } else { 0 }
 }

@@ -44,7 +44,7 @@ fn take(catalog: &mut Catalog, member: u32, item: &Item) -> Result<(), Code> {
 }
 
 fn search(target: Target, hosts: u8) -> Search {
-    Search { target, hosts }
+    Search { target, hosts, avoid: vec![] }
 }
 
 fn asker(member: u32) -> Asker {
@@ -670,4 +670,36 @@ fn a_host_that_lies_about_its_load_draws_a_bounded_share() {
     assert!(drawn[0] * 5 < all, "it drew {} of {all}", drawn[0]);
     let rest = &drawn[1..];
     assert!(*rest.iter().max().unwrap() < 2 * rest.iter().min().unwrap(), "{rest:?}");
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "figures for README, shown with --nocapture")]
+fn hosts_that_join_while_a_crowd_comes_take_their_part_and_are_not_mobbed() {
+    // With every fiftieth fetcher one host more, as fast as the fast ones. A newcomer has had nobody yet,
+    // so those who come next turn to it more than to others: the more so the fewer hosts each draws from.
+    const NEW_EVERY: usize = 50;
+    for (draws_from, most) in [(1, 3.0), (4, 2.0)] {
+        let mut capacities: Vec<u32> =
+            (0..50).map(|n| if n % 2 == 0 { 100_000 } else { 10_000 }).collect();
+        let mut catalog = crowded(&capacities, |_, capacity| honest(capacity));
+        let mut load = vec![0.0; 50];
+        for nth in 0..FETCHERS {
+            if nth % NEW_EVERY == NEW_EVERY - 1 {
+                capacities.push(100_000);
+                load.push(0.0);
+                let (number, address) = (capacities.len() as u32, "10.1.1.1:1".parse().unwrap());
+                catalog.report(MemberNumber(number), peer(number), address, honest(100_000), true);
+                take(&mut catalog, number, &item(1, 1_000, None)).unwrap();
+            }
+            let hosts = told(&mut catalog, draws_from);
+            hosts.iter().for_each(|host| load[*host] += 1.0 / hosts.len() as f64);
+        }
+        let mean = FETCHERS as f64 / capacities.iter().map(|c| f64::from(*c)).sum::<f64>();
+        let of = |host: usize| load[host] / f64::from(capacities[host]) / mean;
+        let busiest = |hosts: std::ops::Range<usize>| hosts.map(of).fold(0.0, f64::max);
+        let (old, new) = (busiest(0..50), busiest(50..capacities.len()));
+        println!("hosts join, {draws_from} each: {old:.2} of the old, {new:.2} of the new");
+        assert!(old.max(new) <= most, "{old} {new}");
+        assert!((50..60).all(|host| of(host) > 0.5), "a host that joined early has its part");
+    }
 }

@@ -6,6 +6,7 @@
 //! effect. An owner with several threads lets each open datagrams at a gate of its own and seal an
 //! [`Outbox`]; the registrar itself is one, and thinks of one batch at a time.
 
+mod blame;
 mod desk;
 mod gate;
 mod members;
@@ -33,6 +34,7 @@ use crate::wire::datagram::{
 };
 use crate::wire::desk::Answer;
 
+use blame::Blames;
 pub use desk::{Caller, Invited};
 use gate::Line;
 pub use gate::{Gate, Opened, Outbox};
@@ -275,6 +277,7 @@ pub struct Registrar {
     /// When to look at whose lease; a member stands here at most once, perhaps too early.
     leases: BTreeSet<(Moment, MemberNumber)>,
     watchers: Watchers,
+    blames: Blames,
     /// The nonce of the next reply or notice.
     nonce: u64,
     /// Counts what gates have to know of: members and epochs.
@@ -348,6 +351,7 @@ impl Registrar {
             sessions: 0,
             leases: BTreeSet::new(),
             watchers: Watchers::default(),
+            blames: Blames::default(),
             nonce: 0,
             news: 1,
             own_gate: None,
@@ -425,13 +429,19 @@ impl Registrar {
         }
         self.save(changes);
         self.lapse(now);
+        while let Some(host) = self.blames.lapse(now) {
+            self.catalog.sink(host, self.blames.sinks(host));
+        }
         self.notify(now);
     }
 
     /// When [`Registrar::tick`] is due.
     pub fn next_deadline(&self) -> Option<Moment> {
         let lease = self.leases.first().map(|(moment, _)| *moment);
-        let first = [lease, self.watchers.next_deadline()].into_iter().flatten().min();
+        let first = [lease, self.watchers.next_deadline(), self.blames.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min();
         Some(first.map_or(self.epochs.turns(), |moment| moment.min(self.epochs.turns())))
     }
 
@@ -560,6 +570,7 @@ impl Registrar {
         self.catalog.check();
         self.roster.check();
         self.watchers.check();
+        self.blames.check();
         let sessions = self.seats.iter().flatten().map(|seat| seat.sessions.len());
         assert_eq!(sessions.sum::<usize>(), self.sessions, "sessions are miscounted");
         for number in 0..self.seats.len() {
@@ -673,7 +684,7 @@ impl Registrar {
     fn act(&mut self, now: Moment, line: &Line, request: Request) -> Result<Ack, Refusal> {
         match request {
             Request::Register(register) => self.register(now, line, &register).map(Ack::Registered),
-            Request::Search(search) => self.search(line, &search),
+            Request::Search(search) => self.search(now, line, &search),
             Request::List(list) => self.list(line, &list),
             Request::Deregister(ids) => {
                 for id in &ids {
@@ -778,7 +789,15 @@ impl Registrar {
         })
     }
 
-    fn search(&mut self, line: &Line, search: &Search) -> Result<Ack, Refusal> {
+    fn search(&mut self, now: Moment, line: &Line, search: &Search) -> Result<Ack, Refusal> {
+        for peer in &search.avoid {
+            let host = self.roster.member_with(*peer).map(|member| member.number);
+            let host = host.filter(|h| *h != line.member && self.catalog.hosted_by(*h) > 0);
+            if let Some(host) = host {
+                self.blames.add(now, host, line.member);
+                self.catalog.sink(host, self.blames.sinks(host));
+            }
+        }
         let loopback = line.from.ip().to_canonical().is_loopback();
         self.catalog.search(Asker { member: line.member, loopback }, search).map(Ack::Found)
     }

@@ -267,7 +267,7 @@ fn item(n: u8) -> Item {
 }
 
 fn search(of: ContentId) -> Request {
-    Request::Search(Search { target: Target::Id(of), hosts: 20 })
+    Request::Search(Search { target: Target::Id(of), hosts: 20, avoid: vec![] })
 }
 
 fn report() -> Register {
@@ -833,6 +833,76 @@ fn a_member_that_registers_a_million_contents_changes_nothing_for_the_others() {
     assert!(honest.register(&mut index, vec![item(2)]).refused.is_empty());
     assert_eq!(honest.search(&mut index, id(2)).unwrap_err(), Code::NoHosts, "its own alone");
     assert!(greedy.search(&mut index, id(2)).is_ok());
+}
+
+#[test]
+fn a_host_that_two_members_complain_of_sinks_for_all_and_one_alone_sinks_nobody() {
+    let mut index = Index::new();
+    let mut hosts: Vec<Peer> = (1..=4).map(|n| index.member(n, Role::Publish)).collect();
+    let mut fetchers: Vec<Peer> = (5..=7).map(|n| index.member(n, Role::Publish)).collect();
+    for host in &mut hosts {
+        host.register(&mut index, vec![item(1)]);
+    }
+    let bad = hosts[0].key.peer();
+    let ask = |fetcher: &mut Peer, index: &mut Index, avoid: Vec<PeerId>| {
+        fetcher.prove(index);
+        let search = Search { target: Target::Id(id(1)), hosts: 20, avoid };
+        match fetcher.ask(index, &Request::Search(search)) {
+            Reply::Ack(Ack::Found(found)) => found.hosts.iter().map(|host| host.peer).collect(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let place = |told: Vec<PeerId>| told.iter().position(|peer| *peer == bad).unwrap();
+    // One fetcher's word is heeded in its own answers alone, however often it is said.
+    let other = &mut fetchers[1];
+    let before = (0..8).map(|_| place(ask(other, &mut index, vec![]))).min();
+    assert_eq!(before, Some(0));
+    for _ in 0..8 {
+        assert_eq!(place(ask(&mut fetchers[0], &mut index, vec![bad])), 3);
+    }
+    let after = (0..8).map(|_| place(ask(&mut fetchers[1], &mut index, vec![]))).min();
+    assert_eq!(after, Some(0), "a single member sank a host");
+    // The host's own word does not count, nor that of who is no member; a second member's does.
+    hosts[0].prove(&mut index);
+    ask(&mut hosts[0], &mut index, vec![bad, PeerId([9; 32])]);
+    assert_eq!(place(ask(&mut fetchers[1], &mut index, vec![bad])), 3);
+    for _ in 0..8 {
+        assert_eq!(place(ask(&mut fetchers[2], &mut index, vec![])), 3, "it sinks for all");
+    }
+    // Its heartbeats do not raise it; that nobody complained for long does.
+    hosts[0].register(&mut index, vec![item(1)]);
+    assert_eq!(place(ask(&mut fetchers[2], &mut index, vec![])), 3);
+    for _ in 0..11 {
+        index.pass(60 * SECOND);
+        for host in &mut hosts {
+            host.prove(&mut index);
+            host.register(&mut index, vec![item(1)]);
+        }
+    }
+    let at_last = (0..8).map(|_| place(ask(&mut fetchers[2], &mut index, vec![]))).min();
+    assert_eq!(at_last, Some(0));
+}
+
+#[test]
+fn two_that_conspire_sink_few_hosts_and_never_all() {
+    let mut index = Index::new();
+    let mut hosts: Vec<Peer> = (1..=30).map(|n| index.member(n, Role::Publish)).collect();
+    let mut liars: Vec<Peer> = (31..=32).map(|n| index.member(n, Role::Publish)).collect();
+    for host in &mut hosts {
+        host.register(&mut index, vec![item(1)]);
+    }
+    let peers: Vec<PeerId> = hosts.iter().map(|host| host.key.peer()).collect();
+    for liar in &mut liars {
+        liar.prove(&mut index);
+        for avoid in peers.chunks(Search::MAX_AVOIDED) {
+            let target = Target::Id(id(1));
+            let search = Search { target, hosts: 20, avoid: avoid.to_vec() };
+            assert!(matches!(liar.ask(&mut index, &Request::Search(search)), Reply::Ack(_)));
+        }
+    }
+    index.registrar.check();
+    let sunk = (1..=30).filter(|n| index.registrar.blames.sinks(MemberNumber(*n))).count();
+    assert_eq!(sunk, 16);
 }
 
 #[test]

@@ -277,7 +277,7 @@ pub fn sample() -> Vec<u8> {
     let list = Request::List(crate::wire::datagram::List { glob: "*".into(), after: None });
     let watch = crate::wire::datagram::Watch { glob: "*".into(), since: 0, stop: false };
     let target = crate::wire::datagram::Target::Id(id(1));
-    let search = Request::Search(crate::wire::datagram::Search { target, hosts: 5 });
+    let search = Request::Search(crate::wire::datagram::Search { target, hosts: 5, avoid: vec![] });
     let mut script = vec![];
     let mut step = |who: u8, what: u8, kind: u8, request: Option<&Request>| {
         let body = request.map(|request| request.encode(RequestId(0))[8..].to_vec());

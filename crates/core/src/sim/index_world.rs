@@ -746,7 +746,10 @@ impl IndexWorld {
         let now = self.now;
         let machine = &mut self.machines[at];
         if let Some(link) = &mut machine.link {
-            machine.questions.insert(link.ask(now, Request::Search(Search { target, hosts })), now);
+            machine.questions.insert(
+                link.ask(now, Request::Search(Search { target, hosts, avoid: vec![] })),
+                now,
+            );
             self.carry_link(at);
         }
     }
@@ -791,7 +794,7 @@ impl IndexWorld {
             Some(record) => Target::Name(record.name.clone(), None),
             None => Target::Id(item.id),
         };
-        let search = Search { target, hosts: 16 };
+        let search = Search { target, hosts: 16, avoid: vec![] };
         machine.questions.insert(link.ask(now, Request::Search(search)), now);
         let list = List { glob: "name-*".to_owned(), after: None };
         machine.questions.insert(link.ask(now, Request::List(list)), now);

@@ -547,7 +547,7 @@ impl World {
                 self.wishes.push_back(outside::Wish::Search { peer: p, content, hosts });
                 continue;
             };
-            let search = Search { target: Target::Id(content_id(content)), hosts };
+            let search = Search { target: Target::Id(content_id(content)), hosts, avoid: vec![] };
             let Ok(found) = index.search(asker, &search) else { continue };
             let hosts = found
                 .hosts

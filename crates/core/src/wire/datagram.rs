@@ -130,11 +130,16 @@ pub struct Search {
     pub target: Target,
     /// How many hosts at most, 1 to [`Search::MAX_HOSTS`].
     pub hosts: u8,
+    /// Hosts that the asker could not reach, or that sent it what did not verify; at most
+    /// [`Search::MAX_AVOIDED`].
+    pub avoid: Vec<PeerId>,
 }
 
 impl Search {
     /// Hosts in one answer.
     pub const MAX_HOSTS: u8 = 20;
+    /// Hosts that one search complains of.
+    pub const MAX_AVOIDED: usize = 8;
 }
 
 /// What an `S` looks for.
@@ -598,6 +603,8 @@ impl Search {
                 out.u32(version.map_or(0, |version| version.0));
             }
         }
+        out.u8(self.avoid.len() as u8);
+        self.avoid.iter().for_each(|peer| out.put(&peer.0));
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -610,7 +617,12 @@ impl Search {
             1 => Target::Name(r.name()?, Some(r.u32()?).filter(|n| *n > 0).map(Version)),
             _ => return Err(Malformed("an id or a name is looked for")),
         };
-        Ok(Self { target, hosts })
+        let count = usize::from(r.u8()?);
+        if count > Self::MAX_AVOIDED {
+            return Err(Malformed("at most 8 hosts are complained of"));
+        }
+        let avoid = (0..count).map(|_| Ok(PeerId(r.array()?))).collect::<Result<_, Malformed>>()?;
+        Ok(Self { target, hosts, avoid })
     }
 }
 
@@ -866,8 +878,9 @@ mod tests {
         ];
         prop_oneof![
             register(),
-            (target, 1..=Search::MAX_HOSTS)
-                .prop_map(|(target, hosts)| Request::Search(Search { target, hosts })),
+            (target, 1..=Search::MAX_HOSTS, vec(peer(), 0..=Search::MAX_AVOIDED)).prop_map(
+                |(target, hosts, avoid)| Request::Search(Search { target, hosts, avoid })
+            ),
             (text(MAX_GLOB), option::of(key()))
                 .prop_map(|(glob, after)| Request::List(List { glob, after })),
             vec(content(), 0..=Request::MAX_DEREGISTER).prop_map(Request::Deregister),
@@ -1102,7 +1115,8 @@ mod tests {
         let many = Request::Deregister(vec![ContentId::file([0; 32]); 31]);
         assert!(Request::decode(b'T', &bytes(&many)).is_err());
         for hosts in [0, 21] {
-            let search = Search { target: Target::Id(ContentId::file([0; 32])), hosts };
+            let (target, avoid) = (Target::Id(ContentId::file([0; 32])), vec![]);
+            let search = Search { target, hosts, avoid };
             assert!(Request::decode(b'S', &bytes(&Request::Search(search))).is_err());
         }
     }

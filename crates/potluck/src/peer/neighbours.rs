@@ -42,6 +42,8 @@ pub(super) struct Known {
     pub(super) conn: Option<ConnId>,
     pub(super) next_try: Moment,
     pub(super) backoff: Backoff,
+    /// The last try to reach it failed.
+    pub(super) unreached: bool,
 }
 
 /// A channel open for this content.
@@ -58,7 +60,14 @@ pub(super) struct Opened {
 
 impl Known {
     const fn new(address: SocketAddr) -> Self {
-        Self { address, told: false, conn: None, next_try: Moment::ZERO, backoff: patience() }
+        Self {
+            address,
+            told: false,
+            conn: None,
+            next_try: Moment::ZERO,
+            backoff: patience(),
+            unreached: false,
+        }
     }
 }
 
@@ -75,7 +84,8 @@ impl Engine {
         }
         fetch.searching = true;
         fetch.next_search = clock::now() + SEARCH_EVERY;
-        let search = Search { target: Target::Id(id), hosts: Search::MAX_HOSTS };
+        let avoid = self.of_no_use(id);
+        let search = Search { target: Target::Id(id), hosts: Search::MAX_HOSTS, avoid };
         self.ask(Question::Search(search), move |engine, answer| {
             if let Some(fetch) = engine.fetch_mut(id) {
                 fetch.searching = false;
@@ -85,6 +95,18 @@ impl Engine {
                 engine.on_found(&found);
             }
         });
+    }
+
+    /// Hosts of `id` that could not be reached, or sent what did not verify: the index hears of them, so
+    /// that it sends others elsewhere.
+    fn of_no_use(&mut self, id: ContentId) -> Vec<PeerId> {
+        let banned = self.banned(clock::now());
+        let Some(fetch) = self.fetch_mut(id) else { return vec![] };
+        let of_no_use = |(peer, known): &(&PeerId, &Known)| {
+            known.conn.is_none() && (known.unreached || banned.contains(peer))
+        };
+        let all = fetch.known.iter().filter(of_no_use).map(|(peer, _)| *peer);
+        all.take(Search::MAX_AVOIDED).collect()
     }
 
     pub(super) fn on_found(&mut self, found: &Found) {
@@ -449,6 +471,7 @@ impl Engine {
                 && known.conn == Some(id)
             {
                 known.conn = None;
+                known.unreached = !conn.up;
                 // One that was up and went may be back at once; one that was never reached waits longer.
                 let wait = match (why.fault(), conn.up) {
                     (Fault::Theirs, _) => BAN,

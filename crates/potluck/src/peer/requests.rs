@@ -153,7 +153,7 @@ impl Engine {
             return self.publish(replica, None, optional, replies);
         };
         let replica = replica.clone();
-        let search = Search { target: Target::Name(name.clone(), None), hosts: 1 };
+        let search = Search { target: Target::Name(name.clone(), None), hosts: 1, avoid: vec![] };
         self.ask(Question::Search(search), move |engine, answer| {
             let known = match answer {
                 Ok(Ack::Found(found)) => found.record.map(|r| (r.publisher, r.version, r.id)),
@@ -657,7 +657,7 @@ fn search_for(query: &Query, hosts: u8) -> Search {
         Query::Id(id) => Target::Id(*id),
         Query::Name(name, version) => Target::Name(name.clone(), *version),
     };
-    Search { target, hosts }
+    Search { target, hosts, avoid: vec![] }
 }
 
 fn already_here(replica: &Replica, target: &Path, replies: &Replies) {
