@@ -137,6 +137,9 @@ pub enum Event {
         /// This machine's id (a peer).
         #[serde(skip_serializing_if = "Option::is_none")]
         peer: Option<String>,
+        /// Where an index's metrics are read, if anywhere.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        metrics: Option<String>,
     },
     /// Something worth a line on stderr.
     Note {

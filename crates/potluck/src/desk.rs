@@ -16,7 +16,7 @@ use rustls::{
     ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, Stream,
 };
 
-use crate::door::{Door, Pass};
+use crate::door::{Door, Pass, Timed, time_left};
 use crate::error::{Error, ErrorKind, Result};
 use crate::{clock, tls};
 
@@ -190,7 +190,7 @@ impl Call {
 
     /// The answer; `None`: the desk hung up on purpose.
     fn ask(mut self, question: &Ask, deadline: Moment) -> io::Result<Option<Answer>> {
-        self.socket.deadline = deadline;
+        self.socket.until(deadline);
         let mut desk = Stream::new(&mut self.tls, &mut self.socket);
         write_frame(&mut desk, &question.encode())?;
         let mut len = [0; 4];
@@ -319,45 +319,6 @@ fn read_body(from: &mut impl Read, len: [u8; 4], most: usize) -> io::Result<Vec<
         return Err(Io::UnexpectedEof.into());
     }
     Ok(body)
-}
-
-/// A blocking socket on which everything together is over at a deadline.
-struct Timed {
-    socket: Arc<TcpStream>,
-    deadline: Moment,
-}
-
-impl Timed {
-    fn new(socket: Arc<TcpStream>, deadline: Moment) -> io::Result<Self> {
-        socket.set_nonblocking(false)?;
-        socket.set_nodelay(true)?;
-        Ok(Self { socket, deadline })
-    }
-}
-
-fn time_left(deadline: Moment) -> io::Result<Duration> {
-    match deadline.since(clock::now()) {
-        Duration::ZERO => Err(Io::TimedOut.into()),
-        left => Ok(left),
-    }
-}
-
-impl Read for Timed {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(Some(time_left(self.deadline)?))?;
-        (&*self.socket).read(into)
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(Some(time_left(self.deadline)?))?;
-        (&*self.socket).write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

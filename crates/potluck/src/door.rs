@@ -2,15 +2,19 @@
 //! without having shown who they are. Never reads or writes a byte of what they say.
 
 use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use potluck_core::time::Moment;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::seldom::Seldom;
 
 /// Stack of a thread that serves one caller: TLS handshakes want some 100 KiB in unoptimised builds.
 pub(crate) const STACK: usize = 512 << 10;
@@ -55,6 +59,7 @@ impl Door {
             porch: Arc::clone(&porch),
             what,
             serve: Arc::new(serve),
+            short: Seldom::default(),
         };
         let acceptor = std::thread::Builder::new()
             .name(format!("{what} door"))
@@ -127,6 +132,7 @@ struct Acceptor<F> {
     porch: Arc<Porch>,
     what: &'static str,
     serve: Arc<F>,
+    short: Seldom,
 }
 
 impl<F: Fn(Arc<TcpStream>, SocketAddr, Pass) + Send + Sync + 'static> Acceptor<F> {
@@ -159,7 +165,9 @@ impl<F: Fn(Arc<TcpStream>, SocketAddr, Pass) + Send + Sync + 'static> Acceptor<F
 
     /// No more descriptors, threads or memory: make room and let some of it come back.
     fn short(&self, error: &std::io::Error) {
-        tracing::warn!(%error, what = self.what, "a caller could not be let in");
+        if let Some(more) = self.short.now(clock::now()) {
+            tracing::warn!(%error, what = self.what, more, "a caller could not be let in");
+        }
         self.porch.send_oldest_away();
         let _ = self.wait(Some(SHORT_OF_SOCKETS));
     }
@@ -191,6 +199,55 @@ fn is_weather(error: &std::io::Error) -> bool {
         error.kind(),
         Io::WouldBlock | Io::Interrupted | Io::ConnectionAborted | Io::ConnectionReset
     )
+}
+
+/// A blocking socket on which everything together is over at a deadline.
+pub(crate) struct Timed {
+    socket: Arc<TcpStream>,
+    deadline: Moment,
+}
+
+impl Timed {
+    pub(crate) fn new(socket: Arc<TcpStream>, deadline: Moment) -> io::Result<Self> {
+        socket.set_nonblocking(false)?;
+        socket.set_nodelay(true)?;
+        Ok(Self { socket, deadline })
+    }
+
+    /// The other side hears that nothing follows.
+    pub(crate) fn says_no_more(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Write)
+    }
+
+    /// It is over at another deadline.
+    pub(crate) const fn until(&mut self, deadline: Moment) {
+        self.deadline = deadline;
+    }
+}
+
+pub(crate) fn time_left(deadline: Moment) -> io::Result<Duration> {
+    match deadline.since(clock::now()) {
+        Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+        left => Ok(left),
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(Some(time_left(self.deadline)?))?;
+        (&*self.socket).read(into)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(Some(time_left(self.deadline)?))?;
+        (&*self.socket).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A wait as poll(2) wants it.

@@ -3,11 +3,14 @@
 //!
 //! Three kinds of thread: workers answer datagrams, each with a socket of its own; one writes (it
 //! commits changes in groups and only then lets answers that depend on them go); and a few serve the
-//! desk, each for one short TLS conversation. The registrar is one, behind a lock that a worker takes
+//! desk, each for one short TLS conversation, or the page that machines read. The registrar is one, behind a lock that a worker takes
 //! once for a whole batch of datagrams.
 
 mod datagrams;
-mod disk;
+mod journal;
+mod limits;
+mod metrics;
+mod status;
 
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,19 +22,25 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use datagrams::Datagrams;
-use disk::{Write, load, open_database, write_all};
+use journal::{Journal, Queue, Write};
+pub use limits::IndexLimits;
 use potluck_core::id::{NetworkId, ParseError};
-use potluck_core::registrar::{Boot, Outbox, Output, Registrar, Settings as Terms, Stats, Ticket};
+use potluck_core::registrar::{
+    Boot, Outbox, Output, Registrar, Settings as Terms, Stats, Ticket, Walk,
+};
 use potluck_core::time::{Moment, WallTime};
 use potluck_core::trust::{Invitation, MachineKey, Role};
 use potluck_core::wire::desk::{Answer, Ask, InviteTerms, Member, Removal};
 use rustix::event::{EventfdFlags, eventfd};
+use status::Tally;
+pub use status::{IndexStatus, JournalStatus, Traffic};
 use tracing::{error, info, warn};
 
 use crate::clock;
 use crate::control::{Event, Request};
 use crate::daemon::{self, Role as Half};
 use crate::desk;
+use crate::door::Door;
 use crate::error::{Error, ErrorKind, Result};
 use crate::peer::members::{invited_event, members_event, pick_member, removal};
 use crate::state::{StateDir, hold};
@@ -44,8 +53,12 @@ pub(crate) const FIRST_USES: u32 = 50;
 pub(crate) const FIRST_VALID: Duration = Duration::from_secs(24 * 3600);
 /// Workers that an index has unless told otherwise: one for each core, but no more than this.
 const MOST_WORKERS: usize = 4;
-/// What a worker waits for at most, so that it looks at the clock now and then.
+/// What a worker waits for at most, so that it looks at the clock, and tells what it dropped, now and
+/// then.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// Batches that a worker answers at most once it is told to stop: more than its socket holds, fewer
+/// than a flood would have it answer.
+const LAST_BATCHES: u32 = 512;
 /// How long the desk waits for the registrar, and for the disk, before it gives up on an answer.
 const DESK_PATIENCE: Duration = Duration::from_secs(4);
 /// Receive buffer asked of the kernel: a burst of 10,000 heartbeats fits.
@@ -69,6 +82,10 @@ pub struct IndexSettings {
     pub invite_valid: Duration,
     /// Threads that answer datagrams, each with a socket of its own.
     pub workers: usize,
+    /// How much it takes.
+    pub limits: IndexLimits,
+    /// Where machines read how it is (HTTP: `/metrics`, `/healthz`, `/readyz`); `None`: nowhere.
+    pub metrics: Option<SocketAddr>,
 }
 
 impl IndexSettings {
@@ -82,6 +99,8 @@ impl IndexSettings {
             invite_uses: FIRST_USES,
             invite_valid: FIRST_VALID,
             workers: std::thread::available_parallelism().map_or(1, usize::from).min(MOST_WORKERS),
+            limits: IndexLimits::default(),
+            metrics: None,
         }
     }
 }
@@ -98,8 +117,10 @@ pub struct Index {
 /// What ends with a running index.
 #[derive(Default)]
 struct Running {
-    threads: Vec<JoinHandle<()>>,
+    workers: Vec<JoinHandle<()>>,
+    journal: Option<JoinHandle<()>>,
     desk: Option<desk::Desk>,
+    metrics: Option<(Door, SocketAddr)>,
     control: Option<daemon::Server>,
 }
 
@@ -111,7 +132,10 @@ struct Hands {
     registrar: Mutex<Registrar>,
     /// [`Registrar::news`], to be seen without the lock.
     news: AtomicU64,
-    writes: Sender<Write>,
+    queue: Queue,
+    /// Of each worker.
+    tallies: Vec<Tally>,
+    began: Moment,
     stopping: AtomicBool,
     /// Wakes a worker that sleeps.
     wake: OwnedFd,
@@ -124,8 +148,7 @@ impl Index {
         let lock = hold(dir.path())?;
         let key = dir.key()?;
         let network = key.network();
-        let database = open_database(&dir)?;
-        let saved = load(&database)?;
+        let (journal, saved) = Journal::open(dir.path(), lock)?;
         let (tcp, sockets) = bind(settings.listen, settings.workers.max(1))?;
         let listen = tcp.local_addr().map_err(|e| Error::io("cannot listen", &e))?;
         let advertise = advertised(settings.advertise.as_deref(), listen);
@@ -136,7 +159,8 @@ impl Index {
             secret_seed: clock::random(),
             dice: u64::from_be_bytes(clock::random()),
         };
-        let terms = Terms { heartbeat_s: settings.heartbeat_s.max(1), ..Terms::default() };
+        let heartbeat_s = settings.heartbeat_s.max(1);
+        let terms = settings.limits.terms(Terms { heartbeat_s, ..Terms::default() });
         let own_key = Arc::new(MachineKey::from_seed(*key.seed()));
         let registrar =
             Registrar::new(key, boot, terms, saved.into_iter(), clock::now(), clock::wall())
@@ -160,17 +184,24 @@ impl Index {
             advertise,
             news: registrar.news().into(),
             registrar: registrar.into(),
-            writes: writes.clone(),
+            queue: Queue::new(writes),
+            tallies: sockets.iter().map(|_| Tally::default()).collect(),
+            began: clock::now(),
             stopping: false.into(),
             wake,
         });
         hands.carry_out(&mut hands.think(), None);
 
-        let mut threads =
-            vec![spawn("index-disk", move || write_all(&database, lock, dir.path(), &to_write))?];
-        for socket in sockets {
+        let at_journal = hands.clone();
+        let journal = spawn("index-disk", move || {
+            let hands = Arc::clone(&at_journal);
+            let all = Box::new(move |walk: &mut Walk, about| hands.think().rows(walk, about)) as _;
+            journal.run(&at_journal.queue, &to_write, &all);
+        })?;
+        let mut workers = vec![];
+        for (nth, socket) in sockets.into_iter().enumerate() {
             let hands = hands.clone();
-            threads.push(spawn("index", move || work(&hands, socket))?);
+            workers.push(spawn("index", move || work(&hands, &hands.tallies[nth], socket))?);
         }
         let at_desk = hands.clone();
         let desk = desk::serve(tcp, own_key, move |caller, ask| {
@@ -178,9 +209,25 @@ impl Index {
                 registrar.on_ask(clock::now(), clock::wall(), caller, ask, ticket);
             })
         })?;
+        let metrics = match settings.metrics {
+            None => None,
+            Some(address) => {
+                let (at_status, at_ready) = (hands.clone(), hands.clone());
+                let (door, at) = metrics::serve(
+                    address,
+                    metrics::Source {
+                        status: Box::new(move || at_status.status()),
+                        ready: Box::new(move || !at_ready.stopping.load(Ordering::Acquire)),
+                    },
+                )?;
+                info!(%at, "metrics are read");
+                Some((door, at))
+            }
+        };
         info!(%listen, %network, "index serves");
         let (stop, stopping) = bounded(1);
-        let running = Running { threads, desk: Some(desk), control: None };
+        let (journal, desk) = (Some(journal), Some(desk));
+        let running = Running { workers, journal, desk, metrics, control: None };
         Ok(Self { hands, settings: settings.clone(), running: running.into(), stop, stopping })
     }
 
@@ -257,6 +304,7 @@ impl Index {
                 invite: Some(invitation.to_string()),
                 network: Some(self.hands.network.to_string()),
                 peer: None,
+                metrics: self.running().metrics.as_ref().map(|(_, at)| at.to_string()),
             },
             Err(e) => Event::failed(&e),
         }
@@ -282,19 +330,38 @@ impl Index {
         self.hands.think().stats()
     }
 
-    /// Stops serving and writes what is still to be written.
+    /// How it is.
+    pub fn status(&self) -> IndexStatus {
+        self.hands.status()
+    }
+
+    /// From now on it takes so much. What it has it keeps, also where that is more.
+    pub fn set_limits(&self, limits: &IndexLimits) {
+        let mut registrar = self.hands.think();
+        let terms = limits.terms(*registrar.settings());
+        registrar.set(terms);
+    }
+
+    /// Stops serving: answers what has arrived, and writes what is still to be written.
     pub fn stop(&self) {
         let running = std::mem::take(&mut *self.running());
         drop((running.desk, running.control));
-        if running.threads.is_empty() {
+        if running.workers.is_empty() {
             return;
         }
-        self.hands.stop();
         let _ = self.stop.try_send(());
-        for thread in running.threads.into_iter().rev() {
+        self.hands.stopping.store(true, Ordering::Release);
+        self.hands.wake();
+        let join = |thread: JoinHandle<()>| {
             if thread.join().is_err() {
                 error!("a thread of the index ended by a panic");
             }
+        };
+        running.workers.into_iter().for_each(join);
+        self.hands.queue.push(Write::Stop); // behind all that they changed
+        running.journal.into_iter().for_each(join);
+        if let Some(why) = self.hands.queue.trouble() {
+            error!(%why, "the index ends, and what changed since its disk failed is lost");
         }
     }
 }
@@ -384,10 +451,10 @@ impl Hands {
         self.news.store(registrar.news(), Ordering::Release);
         while let Some(output) = registrar.poll_output() {
             match output {
-                Output::Save(change) => drop(self.writes.send(Write::Change(change))),
+                Output::Save(change) => self.queue.push(Write::Change(change)),
                 Output::Answer { answer, durable: true, .. } => {
                     let Some(reply) = reply else { continue };
-                    drop(self.writes.send(Write::Answer(reply.clone(), Box::new(answer))));
+                    self.queue.push(Write::Answer(reply.clone(), Box::new(answer)));
                 }
                 Output::Answer { answer, .. } => {
                     let _ = reply.map(|reply| reply.try_send(Some(answer)));
@@ -417,10 +484,22 @@ impl Hands {
         }
     }
 
-    fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
-        self.wake();
-        drop(self.writes.send(Write::Stop));
+    fn status(&self) -> IndexStatus {
+        let queue = &self.queue;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        IndexStatus {
+            stats: self.think().stats(),
+            workers: self.tallies.iter().map(Tally::read).collect(),
+            journal: JournalStatus {
+                trouble: queue.trouble(),
+                waiting: queue.waiting(),
+                commits: read(&queue.commits),
+                rows: read(&queue.rows),
+                failures: read(&queue.failures),
+            },
+            memory: status::memory(),
+            uptime: clock::now().since(self.began),
+        }
     }
 }
 
@@ -437,15 +516,18 @@ fn stopped() -> Error {
     )
 }
 
-/// Takes datagrams, has them answered, and sends the answers, until the index stops. Opening and
-/// sealing, which take most of the time, are done by as many workers as there are side by side; the
-/// registrar is locked for the thinking between, once a batch.
-fn work(hands: &Hands, socket: UdpSocket) {
+/// Takes datagrams, has them answered, and sends the answers, until the index stops and what had come by
+/// then is answered. Opening and sealing, which take most of the time, are done by as many workers as
+/// there are side by side; the registrar is locked for the thinking between, once a batch.
+fn work(hands: &Hands, tally: &Tally, socket: UdpSocket) {
     let mut datagrams = Datagrams::new(socket);
     let mut gate = hands.think().gate();
     let mut outbox = Outbox::default();
     let mut due = Some(clock::now());
-    while !hands.stopping.load(Ordering::Acquire) {
+    let mut told = clock::now();
+    let mut last_batches = LAST_BATCHES;
+    loop {
+        let stopping = hands.stopping.load(Ordering::Acquire);
         if gate.news() != hands.news.load(Ordering::Acquire) {
             hands.think().brief(&mut gate);
         }
@@ -453,7 +535,9 @@ fn work(hands: &Hands, socket: UdpSocket) {
         let batch = datagrams.take();
         let opened: Vec<_> =
             batch.filter_map(|(from, bytes)| gate.open(now, from, bytes)).collect();
-        if !opened.is_empty() || due.is_none_or(|due| due <= now) {
+        let tells = gate.has_dropped() && now.since(told) >= LONGEST_WAIT;
+        if !opened.is_empty() || due.is_none_or(|due| due <= now) || tells {
+            told = now;
             let mut registrar = hands.think();
             registrar.on_batch(now, &opened);
             registrar.tick(now, clock::wall());
@@ -465,11 +549,21 @@ fn work(hands: &Hands, socket: UdpSocket) {
         drop(opened);
         outbox.seal();
         datagrams.give(&outbox);
+        let done = clock::now();
+        let taken = datagrams.taken();
+        tally.add(taken, (outbox.len(), outbox.bytes()), done.since(now));
         outbox.clear();
-        if datagrams.taken() == 0 {
-            let wait = due.map_or(LONGEST_WAIT, |at| at.since(clock::now())).min(LONGEST_WAIT);
+        if taken.0 == 0 && stopping {
+            break;
+        } else if taken.0 == 0 {
+            let wait = due.map_or(LONGEST_WAIT, |at| at.since(done)).min(LONGEST_WAIT);
             datagrams.wait(hands.wake.as_fd(), wait);
             due = hands.woken(due);
+        } else if stopping {
+            last_batches -= 1;
+            if last_batches == 0 {
+                break;
+            }
         }
     }
 }

@@ -25,8 +25,11 @@ pub mod daemon;
 mod desk;
 mod door;
 mod error;
+#[cfg(test)]
+mod hostile;
 mod index;
 mod peer;
+mod seldom;
 mod signals;
 mod state;
 mod store;
@@ -38,7 +41,10 @@ mod transfer;
 
 pub use api::{Completed, Download, Shared};
 pub use error::{Error, ErrorKind, Result};
-pub use index::{DEFAULT_PORT as INDEX_PORT, Index, IndexSettings};
+pub use index::{
+    DEFAULT_PORT as INDEX_PORT, Index, IndexLimits, IndexSettings, IndexStatus, JournalStatus,
+    Traffic,
+};
 pub use peer::{DEFAULT_PORT as PEER_PORT, Peer, Settings};
 pub use potluck_core::id::{ContentId, Name, NetworkId, PeerId, Version};
 pub use potluck_core::limit::Limit;

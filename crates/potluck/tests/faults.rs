@@ -194,6 +194,22 @@ fn a_restarted_peer_hashes_nothing_again_and_what_changed_is_withdrawn() {
     is_same(&bob.gets(&ids["same"]).0, &made_of("same", 8_000_000));
 }
 
+/// Whoever interrupted `verify` had what was being looked at withdrawn, as if it were bad.
+#[test]
+fn a_verification_that_is_called_off_withdraws_nothing() {
+    let Table { dir: _dir, index: _index, peers: [alice] } = table(["alice"]);
+    File::create(alice.home.join("sparse")).unwrap().set_len(1 << 30).unwrap();
+    let Event::Shared { id, .. } = alice.does(&["share", "sparse"]) else { panic!() };
+    let mut verify = alice.begins(&["verify"]);
+    verify.says_so(|event| matches!(event, Event::Verifying { .. }));
+    verify.is_interrupted();
+    let ended = verify.ends();
+    assert_eq!(ended.0, 130, "{ended:?}");
+    // What follows is looked at when that is over.
+    let Event::Verified { good, bad } = alice.does(&["verify"]) else { panic!() };
+    assert_eq!((good, bad), (vec![id], vec![]));
+}
+
 #[test]
 fn a_name_has_versions_and_one_publisher() {
     let Table { dir: _dir, index: _index, peers: [alice, bob, carol] } =

@@ -71,11 +71,21 @@ impl Changes {
     }
 
     fn push(&mut self, key: RowKey) {
-        if self.rows.len() >= self.most {
+        if self.rows.len() >= self.most.max(1) {
             self.rows.pop_front();
         }
         self.rows.push_back(key);
         self.sequence += 1;
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Remembers at most so many from now on.
+    pub(super) fn keep(&mut self, most: usize) {
+        self.most = most;
+        self.rows.drain(..self.rows.len().saturating_sub(most));
     }
 
     /// The keys of changes after `since`; `None` where they are no longer all known.

@@ -66,6 +66,17 @@ impl Default for Limits {
     }
 }
 
+/// What a catalog is taken to need of memory: for a content, with its place in the listing and its
+/// vectors; for a registration at its content and at its host …
+const CONTENT_BYTES: usize = 288;
+const REGISTRATION_BYTES: usize = 32;
+/// … for a member that might host, and one that does; for a name, a version of one, and a change.
+const CARD_BYTES: usize = 80;
+const HOSTER_BYTES: usize = 320;
+const NAME_BYTES: usize = 256;
+const RECORD_BYTES: usize = 288;
+const CHANGE_BYTES: usize = 96;
+
 /// Something that must outlive a restart of the index, in the order it happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Durable {
@@ -398,6 +409,29 @@ impl Catalog {
         self.by_id.contains_key(id)
     }
 
+    /// Whether `member` hosts `id`.
+    pub fn hosts_it(&self, member: MemberNumber, id: &ContentId) -> bool {
+        let slot = self.by_id.get(id);
+        slot.is_some_and(|slot| self.hoster(member).is_some_and(|h| h.holds.contains_key(slot)))
+    }
+
+    /// What it may hold from now on. What it holds it keeps.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+        self.changes.keep(limits.changes);
+    }
+
+    /// Bytes that all it holds is taken to need.
+    pub fn memory(&self) -> usize {
+        self.contents_known() * CONTENT_BYTES
+            + self.registrations * REGISTRATION_BYTES
+            + self.cards.len() * CARD_BYTES
+            + self.hosting * HOSTER_BYTES
+            + self.named.len() * NAME_BYTES
+            + self.records * RECORD_BYTES
+            + self.changes.len() * CHANGE_BYTES
+    }
+
     /// How much there is.
     pub fn counts(&self) -> Counts {
         Counts {
@@ -424,6 +458,19 @@ impl Catalog {
         });
         let held = if hosted.complete { HELD_ALL } else { 0 };
         self.host(member, &Item { id, size: hosted.size, held, name: record }, false);
+    }
+
+    /// What `member` hosts, as it was told to outlive a restart.
+    pub fn durable_of(&self, member: MemberNumber) -> impl Iterator<Item = Durable> {
+        let holds =
+            self.hoster(member).into_iter().flat_map(|h| h.holds.iter().map(move |at| (h, at)));
+        holds.map(move |(hoster, (slot, at))| {
+            let content = &self.contents[*slot as usize];
+            let named = hoster.named.get(slot);
+            let named = named.map(|(n, v)| (self.named[*n as usize].name.clone(), *v));
+            let complete = content.hosts[*at as usize].held == HELD_ALL;
+            Durable::Hosted(member, content.id, Hosted { size: content.size, complete, named })
+        })
     }
 
     fn contents_known(&self) -> usize {

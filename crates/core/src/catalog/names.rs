@@ -136,6 +136,12 @@ impl Catalog {
         }
     }
 
+    /// The versions of the `nth` name there ever was, as they were told to outlive a restart; `None`
+    /// where there were not so many.
+    pub fn durable_names(&self, nth: usize) -> Option<impl Iterator<Item = Durable>> {
+        self.named.get(nth).map(|named| named.versions.values().cloned().map(Durable::Record))
+    }
+
     /// Whether exactly this record is known.
     pub fn has_record(&self, record: &NameRecord) -> bool {
         let at = self.by_name.get(record.name.as_str());

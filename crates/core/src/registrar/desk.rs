@@ -103,8 +103,9 @@ impl Registrar {
     }
 
     fn join(&mut self, wall: WallTime, caller: Caller, join: &Join) -> Option<Answer> {
-        let mut changes = vec![];
-        let joined = self.roster.join(caller.peer, &caller.exporter, join, wall, &mut changes);
+        let (mut changes, full) = (vec![], self.is_full());
+        let joined =
+            self.roster.join(caller.peer, &caller.exporter, join, wall, full, &mut changes);
         self.save(changes);
         match joined {
             Joined::Ignored => None,
@@ -169,8 +170,8 @@ impl Registrar {
             Some(member) => member.number,
             None => {
                 let shown = shown.filter(|c| c.check(self.network, peer, wall).is_ok())?;
-                let mut changes = vec![];
-                let number = self.roster.take_back(shown, wall, &mut changes);
+                let (mut changes, full) = (vec![], self.is_full());
+                let number = self.roster.take_back(shown, wall, full, &mut changes);
                 self.save(changes);
                 self.news += 1;
                 match number {

@@ -88,6 +88,11 @@ impl Gate {
         self.news
     }
 
+    /// Whether it has dropped some that the registrar has not counted yet.
+    pub fn has_dropped(&self) -> bool {
+        !self.dropped.is_empty()
+    }
+
     /// Opens a datagram in place; `None` where it is dropped, and counted.
     pub fn open<'a>(
         &mut self,
@@ -197,6 +202,16 @@ impl Outbox {
     /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
         self.letters.is_empty()
+    }
+
+    /// How many letters are in it …
+    pub const fn len(&self) -> usize {
+        self.letters.len()
+    }
+
+    /// … and how many bytes they have.
+    pub const fn bytes(&self) -> usize {
+        self.bytes.len()
     }
 
     /// Seals all that is in it.

@@ -86,10 +86,17 @@ impl Drop for Secrets {
     }
 }
 
+/// A day's secret.
+struct Epoch {
+    number: u16,
+    secret: EpochSecret,
+    made: WallTime,
+}
+
 /// The secrets of today and of yesterday.
 pub(super) struct Epochs {
-    current: (u16, EpochSecret),
-    previous: Option<(u16, EpochSecret)>,
+    current: Epoch,
+    previous: Option<Epoch>,
     /// When a new one takes the place of `current`, and `previous` is erased.
     turns: Moment,
 }
@@ -111,15 +118,18 @@ impl Epochs {
             secret.zeroize();
             changes.push(saved::epoch(number, None));
         }
-        let newest = saved.pop().map(|(number, secret, made)| (number, EpochSecret(secret), made));
-        let previous = saved.pop().map(|(number, secret, _)| (number, EpochSecret(secret)));
-        match newest {
-            Some((number, secret, made)) => {
-                let turns = now + EPOCH.saturating_sub(age(made));
-                Self { current: (number, secret), previous, turns }
+        let mut epochs = saved.into_iter().rev();
+        let mut next = || {
+            let (number, secret, made) = epochs.next()?;
+            Some(Epoch { number, secret: EpochSecret(secret), made })
+        };
+        match next() {
+            Some(current) => {
+                let turns = now + EPOCH.saturating_sub(age(current.made));
+                Self { current, previous: next(), turns }
             }
             None => {
-                let current = (1, fresh(1, secrets, wall, changes));
+                let current = fresh(1, secrets, wall, changes);
                 Self { current, previous: None, turns: now + EPOCH }
             }
         }
@@ -141,11 +151,10 @@ impl Epochs {
         if now < self.turns {
             return false;
         }
-        let number = self.current.0.wrapping_add(1);
-        let next = (number, fresh(number, secrets, wall, changes));
+        let next = fresh(self.current.number.wrapping_add(1), secrets, wall, changes);
         let last = std::mem::replace(&mut self.current, next);
-        if let Some((erased, _)) = self.previous.replace(last) {
-            changes.push(saved::epoch(erased, None));
+        if let Some(erased) = self.previous.replace(last) {
+            changes.push(saved::epoch(erased.number, None));
         }
         self.turns = now + EPOCH;
         true
@@ -169,34 +178,42 @@ impl Epochs {
 
     /// Whether sessions of `epoch` will soon be over.
     pub(super) fn ends_soon(&self, epoch: u16, now: Moment) -> bool {
-        epoch != self.current.0 && self.turns.since(now) < ENDING
+        epoch != self.current.number && self.turns.since(now) < ENDING
     }
 
     /// The secrets that open datagrams, by number.
     pub(super) fn secrets(&self) -> Vec<(u16, EpochSecret)> {
-        std::iter::once(&self.current).chain(&self.previous).cloned().collect()
+        self.all().map(|epoch| (epoch.number, epoch.secret.clone())).collect()
+    }
+
+    /// Their rows.
+    pub(super) fn rows(&self) -> Vec<Change> {
+        self.all().map(Epoch::row).collect()
     }
 
     pub(super) const fn current(&self) -> u16 {
-        self.current.0
+        self.current.number
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Epoch> {
+        std::iter::once(&self.current).chain(&self.previous)
     }
 
     fn secret(&self, epoch: u16) -> Option<&EpochSecret> {
-        let previous = self.previous.as_ref();
-        let known = |(number, _): &&(u16, EpochSecret)| *number == epoch;
-        Some(&self.current).filter(known).or(previous.filter(known)).map(|(_, secret)| secret)
+        self.all().find(|known| known.number == epoch).map(|known| &known.secret)
     }
 }
 
-fn fresh(
-    number: u16,
-    secrets: &mut Secrets,
-    wall: WallTime,
-    changes: &mut Vec<Change>,
-) -> EpochSecret {
-    let secret = EpochSecret(secrets.draw());
-    changes.push(saved::epoch(number, Some((&secret.0, wall))));
-    secret
+impl Epoch {
+    fn row(&self) -> Change {
+        saved::epoch(self.number, Some((&self.secret.0, self.made)))
+    }
+}
+
+fn fresh(number: u16, secrets: &mut Secrets, wall: WallTime, changes: &mut Vec<Change>) -> Epoch {
+    let epoch = Epoch { number, secret: EpochSecret(secrets.draw()), made: wall };
+    changes.push(epoch.row());
+    epoch
 }
 
 /// What comes of a join.
@@ -232,6 +249,10 @@ impl Roster {
         }
     }
 
+    pub(super) const fn set_limits(&mut self, most_members: usize, most_invitations: usize) {
+        (self.most_members, self.most_invitations) = (most_members, most_invitations);
+    }
+
     pub(super) fn restore_member(&mut self, member: Member) {
         let at = member.number.0 as usize;
         if self.members.len() <= at {
@@ -248,6 +269,11 @@ impl Roster {
 
     pub(super) fn restore_revocations(&mut self, list: RevocationList) {
         self.revocations = list;
+    }
+
+    /// The rows of all invitations.
+    pub(super) fn invitation_rows(&self) -> Vec<Change> {
+        self.invitations.iter().map(|(id, invited)| saved::invitation(*id, Some(invited))).collect()
     }
 
     /// All members' numbers are below this.
@@ -339,6 +365,7 @@ impl Roster {
         exporter: &[u8; 32],
         join: &Join,
         wall: WallTime,
+        full: bool,
         changes: &mut Vec<Change>,
     ) -> Joined {
         let Some(invited) = self.invitations.get(&join.invitation) else { return Joined::Ignored };
@@ -356,9 +383,8 @@ impl Roster {
         if let Err(refusal) = invited.admits(wall) {
             return Joined::Refused(refusal);
         }
-        if self.by_peer.len() >= self.most_members {
-            let text = "the network has as many members as it may";
-            return Joined::Refused(refuse(DeskCode::Full, text));
+        if full || self.by_peer.len() >= self.most_members {
+            return Joined::Refused(no_more_members());
         }
         let member = Member {
             peer,
@@ -385,13 +411,14 @@ impl Roster {
         &mut self,
         shown: &Certificate,
         wall: WallTime,
+        full: bool,
         changes: &mut Vec<Change>,
     ) -> Result<MemberNumber, DeskRefusal> {
         if self.revocations.peers.contains(&shown.peer) {
             return Err(refuse(DeskCode::Removed, "this machine was removed from the network"));
         }
-        if self.by_peer.len() >= self.most_members {
-            return Err(refuse(DeskCode::Full, "the network has as many members as it may"));
+        if full || self.by_peer.len() >= self.most_members {
+            return Err(no_more_members());
         }
         let at = shown.member.0 as usize;
         let free = (1..=self.most_members).contains(&at)
@@ -514,6 +541,10 @@ impl Invited {
         }
         Ok(())
     }
+}
+
+fn no_more_members() -> DeskRefusal {
+    refuse(DeskCode::Full, "the network has as many members as it may")
 }
 
 /// A refusal at the desk.

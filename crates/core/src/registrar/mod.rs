@@ -46,6 +46,13 @@ use watch::Watchers;
 const LEASE_HEARTBEATS: u64 = 3;
 /// Rows looked at for a list that cost as much as one request.
 const ROWS_A_TOKEN: usize = 256;
+/// What an index is taken to need of memory: for a member; for what is known of one that was heard …
+const MEMBER_BYTES: usize = 320;
+const SEAT_BYTES: usize = 256;
+/// … for a session, for a watch, and for a glob that is watched.
+const SESSION_BYTES: usize = 192;
+const WATCH_BYTES: usize = 400;
+const GLOB_BYTES: usize = 8 << 10;
 /// Requests that the verification of one signature costs as much as.
 const SIGNATURE_TOKENS: i64 = 10;
 
@@ -74,6 +81,9 @@ pub struct Settings {
     pub invitations: usize,
     /// Members that watch the listing at once.
     pub watchers: usize,
+    /// Bytes of memory (see [`Stats::memory`]) from which on nothing more is taken that stays: no new
+    /// registration, name, member or watch.
+    pub memory: usize,
     /// Sessions of one member whose replay windows are kept.
     pub sessions_a_member: usize,
     /// Requests a second of one member, on average …
@@ -92,12 +102,22 @@ impl Default for Settings {
             members: 1 << 18,
             invitations: 10_000,
             watchers: 1 << 14,
+            memory: 1 << 30,
             sessions_a_member: 4,
             requests_a_second: 2_000,
             burst: 4_000,
             session: Duration::from_secs(12 * 3600),
         }
     }
+}
+
+/// Where a walk over all rows stands (see [`Registrar::rows`]).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Walk {
+    /// Among [`Table::ALL`].
+    table: usize,
+    /// Which member or name.
+    nth: usize,
 }
 
 /// The shell's word for a question at the desk, handed back with its answer.
@@ -192,6 +212,11 @@ pub struct Stats {
     pub members: usize,
     /// Watchers now.
     pub watchers: usize,
+    /// Sessions whose replay windows are kept.
+    pub sessions: usize,
+    /// Bytes that all of this is taken to need: reckoned, not measured, so that what is refused does
+    /// not depend on how memory is handed out. About what the process has, and rather more.
+    pub memory: usize,
 }
 
 /// What the index keeps of a member's session; made only when a datagram proved to be its own.
@@ -245,6 +270,8 @@ pub struct Registrar {
     roster: Roster,
     catalog: Catalog,
     seats: Vec<Option<Box<Seat>>>,
+    /// Sessions in all seats.
+    sessions: usize,
     /// When to look at whose lease; a member stands here at most once, perhaps too early.
     leases: BTreeSet<(Moment, MemberNumber)>,
     watchers: Watchers,
@@ -318,6 +345,7 @@ impl Registrar {
             roster,
             catalog,
             seats: Vec::new(),
+            sessions: 0,
             leases: BTreeSet::new(),
             watchers: Watchers::default(),
             nonce: 0,
@@ -426,6 +454,54 @@ impl Registrar {
         std::mem::swap(&mut self.outbox, outbox);
     }
 
+    /// The next of all rows that make up what must outlive a restart, about as many as wanted; none:
+    /// that was all. For an owner whose disk has lost some: it writes these and then every change
+    /// made since the walk began, in order.
+    pub fn rows(&self, walk: &mut Walk, about: usize) -> Vec<Change> {
+        let mut rows = vec![];
+        while rows.len() < about
+            && let Some(table) = Table::ALL.get(walk.table)
+        {
+            let nth = walk.nth;
+            walk.nth += 1;
+            if !self.rows_at(*table, nth, &mut rows) {
+                *walk = Walk { table: walk.table + 1, nth: 0 };
+            }
+        }
+        rows
+    }
+
+    /// The rows of the `nth` member or name, or of all of a small table at once; false where there
+    /// was no such.
+    fn rows_at(&self, table: Table, nth: usize, rows: &mut Vec<Change>) -> bool {
+        let number = MemberNumber(u32::try_from(nth).unwrap_or(u32::MAX));
+        match table {
+            Table::Epochs => rows.extend(self.epochs.rows()),
+            Table::Invitations => rows.extend(self.roster.invitation_rows()),
+            Table::Revocations if self.revocations().version == 0 => {} // never written
+            Table::Revocations => rows.push(saved::revocations(self.revocations())),
+            Table::Members => rows.extend(self.roster.member(number).map(saved::member)),
+            Table::Names => match self.catalog.durable_names(nth) {
+                Some(records) => rows.extend(records.map(saved::durable)),
+                None => return false,
+            },
+            Table::Addresses => {
+                let saved = self.seats.get(nth).and_then(|seat| seat.as_ref()?.saved);
+                rows.extend(saved.map(|address| saved::address(number, Some(address))));
+            }
+            Table::Registrations => {
+                rows.extend(self.catalog.durable_of(number).map(saved::durable));
+            }
+        }
+        match table {
+            Table::Epochs | Table::Invitations | Table::Revocations => false,
+            Table::Names => true,
+            Table::Members | Table::Addresses | Table::Registrations => {
+                number.0 < self.roster.numbers()
+            }
+        }
+    }
+
     /// Which network this is the index of.
     pub const fn network(&self) -> NetworkId {
         self.network
@@ -442,8 +518,36 @@ impl Registrar {
             counts: self.catalog.counts(),
             members: self.roster.count(),
             watchers: self.watchers.count(),
+            sessions: self.sessions,
+            memory: self.memory(),
             ..self.stats.clone()
         }
+    }
+
+    /// From now on it behaves like this. What is there stays, also where it is more than may be now.
+    pub fn set(&mut self, settings: Settings) {
+        self.settings = settings;
+        self.catalog.set_limits(settings.limits);
+        self.roster.set_limits(settings.members, settings.invitations);
+    }
+
+    /// How it behaves.
+    pub const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    fn memory(&self) -> usize {
+        self.catalog.memory()
+            + self.roster.numbers() as usize * MEMBER_BYTES
+            + self.seats.len() * SEAT_BYTES
+            + self.sessions * SESSION_BYTES
+            + self.watchers.count() * WATCH_BYTES
+            + self.watchers.globs() * GLOB_BYTES
+    }
+
+    /// Nothing more is taken that stays.
+    fn is_full(&self) -> bool {
+        self.memory() >= self.settings.memory
     }
 
     /// Who hosts what: to look at, for tests, the simulator and a page that shows it.
@@ -456,6 +560,8 @@ impl Registrar {
         self.catalog.check();
         self.roster.check();
         self.watchers.check();
+        let sessions = self.seats.iter().flatten().map(|seat| seat.sessions.len());
+        assert_eq!(sessions.sum::<usize>(), self.sessions, "sessions are miscounted");
         for number in 0..self.seats.len() {
             let member = MemberNumber(number as u32);
             let hosts = self.catalog.hosted_by(member) > 0;
@@ -493,7 +599,10 @@ impl Registrar {
         window.mark(opened.counter);
         seat.born += 1;
         let nth = seat.born;
+        let before = seat.sessions.len();
         seat.remember(Session { epoch, salt, window, used: now, nth }, now, most);
+        let after = seat.sessions.len();
+        self.sessions = self.sessions + after - before;
         Ok((nth, opened.counter))
     }
 
@@ -642,6 +751,11 @@ impl Registrar {
             && !self.catalog.has_record(record)
         {
             return Err(refuse(Code::NotAllowed, "your role may not publish names"));
+        }
+        let known = self.catalog.hosts_it(number, &item.id)
+            && item.name.as_ref().is_none_or(|record| self.catalog.has_record(record));
+        if !known && self.is_full() {
+            return Err(refuse(Code::Full, "the index's memory is full"));
         }
         let network = self.network;
         let mut verified = false;

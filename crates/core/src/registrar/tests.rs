@@ -791,6 +791,78 @@ fn who_asks_too_fast_is_told_so_and_others_are_not() {
     assert_eq!(stats.requests[&('S', Some(Code::TooFast))], 40);
 }
 
+/// A registration of `count` contents that nobody else hosts.
+fn unheard_of(from: u32, count: u32) -> Request {
+    let item = |n: u32| {
+        let id = ContentId::file(*blake3::hash(&n.to_be_bytes()).as_bytes());
+        Item { id, size: 1, held: HELD_ALL, name: None }
+    };
+    Request::Register(Register { items: (from..from + count).map(item).collect(), ..report() })
+}
+
+#[test]
+fn a_member_that_registers_a_million_contents_changes_nothing_for_the_others() {
+    const TRIES: u32 = 1_000_000;
+    const AT_ONCE: u32 = 20;
+    let mut index = Index::new();
+    let mut honest = index.member(1, Role::Publish);
+    let mut greedy = index.member(2, Role::Publish);
+    honest.prove(&mut index);
+    greedy.prove(&mut index);
+    assert!(honest.register(&mut index, vec![item(1)]).refused.is_empty());
+    let most = Limits::default().registrations_a_member;
+    let mut memory = 0;
+    for from in (0..TRIES).step_by(AT_ONCE as usize) {
+        // As fast as a member may, and its cookie is renewed when it has to be.
+        index.now = index.now + Duration::from_millis(1);
+        if from % 20_000 == 0 {
+            greedy.prove(&mut index);
+        }
+        let mut datagram = greedy.seal(&unheard_of(from, AT_ONCE));
+        index.registrar.on_datagram(index.now, index.wall, greedy.from, &mut datagram);
+        // What it changes is not kept here: `carry` looks at everything each time.
+        while index.registrar.poll_output().is_some() {}
+        if from == most as u32 / AT_ONCE * AT_ONCE {
+            memory = index.registrar.stats().memory;
+        }
+    }
+    let stats = index.registrar.stats();
+    assert_eq!(stats.counts.registrations, most + 1);
+    assert_eq!(stats.items_refused[&Code::Quota], u64::from(TRIES) - most as u64);
+    assert!(stats.memory < memory + 100_000, "refusing takes no memory");
+    assert!(honest.register(&mut index, vec![item(2)]).refused.is_empty());
+    assert_eq!(honest.search(&mut index, id(2)).unwrap_err(), Code::NoHosts, "its own alone");
+    assert!(greedy.search(&mut index, id(2)).is_ok());
+}
+
+#[test]
+fn an_index_whose_memory_is_full_refuses_what_would_stay_and_serves_on() {
+    let mut index = Index::new();
+    let mut alice = index.member(1, Role::Publish);
+    let mut bob = index.member(2, Role::Publish);
+    assert!(alice.register(&mut index, vec![item(1), item(2)]).refused.is_empty());
+    bob.prove(&mut index);
+    let invitation = index.invite(Role::Publish, 1);
+    let settings = *index.registrar.settings();
+    index.registrar.set(Settings { memory: index.registrar.stats().memory, ..settings });
+
+    let refused = bob.register(&mut index, vec![item(1), item(3)]).refused;
+    assert!(refused.iter().all(|(_, refusal)| refusal.code == Code::Full) && refused.len() == 2);
+    assert_eq!(bob.prove_and_watch(&mut index, "*"), Err(Code::Full));
+    let stranger = MachineKey::from_seed([99; 32]).peer();
+    let join = index.join(&invitation, stranger);
+    assert_eq!(index.refused_at_desk(stranger, join), DeskCode::Full);
+    // What is there stays, is found, and is renewed; and who makes room has it.
+    assert!(alice.register(&mut index, vec![item(1), item(2)]).refused.is_empty());
+    assert!(bob.search(&mut index, id(1)).is_ok());
+    alice.ask(&mut index, &Request::Deregister(vec![id(1), id(2)]));
+    assert!(bob.register(&mut index, vec![item(3)]).refused.is_empty());
+
+    index.registrar.set(settings);
+    assert!(bob.register(&mut index, vec![item(1), item(3)]).refused.is_empty());
+    assert_eq!(bob.prove_and_watch(&mut index, "*"), Ok(()));
+}
+
 #[test]
 fn a_watcher_is_told_every_change_it_watches_in_a_chain_without_gaps() {
     let mut index = Index::new();

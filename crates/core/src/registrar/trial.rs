@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use super::{Boot, Output, Registrar, Settings, Table};
+use super::{Boot, Output, Registrar, Settings, Table, Walk};
 use crate::catalog::Limits;
 use crate::id::{MemberNumber, RequestId};
 use crate::seal::{RequestHead, SessionKeys, open, seal_request};
@@ -223,6 +223,15 @@ impl Trial {
         assert!(counts.contents <= LIMITS.contents && counts.names <= LIMITS.names);
         assert!(counts.registrations <= LIMITS.registrations);
         assert!(self.registrar.stats().watchers <= usize::from(MEMBERS));
+        let (mut walk, mut rows) = (Walk::default(), BTreeMap::new());
+        loop {
+            let some = self.registrar.rows(&mut walk, 2);
+            if some.is_empty() {
+                break;
+            }
+            rows.extend(some.into_iter().filter_map(|c| Some(((c.table, c.key), c.value?))));
+        }
+        assert!(rows == self.rows, "what would be written anew differs from what was written");
     }
 
     /// Does what the registrar wants done: saves, and says what it answered and sent.

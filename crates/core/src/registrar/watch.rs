@@ -69,6 +69,10 @@ impl Watchers {
         self.all.len()
     }
 
+    pub(super) fn globs(&self) -> usize {
+        self.globs.len()
+    }
+
     pub(super) fn remove(&mut self, member: MemberNumber) {
         let Some(watcher) = self.all.remove(&member) else { return };
         self.forget_glob(&watcher.glob);
@@ -158,6 +162,9 @@ impl Registrar {
         if !known && self.watchers.count() >= self.settings.watchers {
             let most = self.settings.watchers;
             return Err(refuse(Code::Full, format!("{most} machines watch already: list instead")));
+        }
+        if !known && self.is_full() {
+            return Err(refuse(Code::Full, "the index's memory is full: list instead"));
         }
         let missed = watch.since != 0 && !self.catalog.remembers(watch.since);
         let since = if watch.since == 0 || missed { sequence } else { watch.since };

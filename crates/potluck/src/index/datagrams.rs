@@ -12,7 +12,9 @@ use potluck_core::registrar::Outbox;
 use potluck_core::wire::datagram::MAX_DATAGRAM;
 use rustix::event::{PollFd, PollFlags, poll};
 
+use crate::clock;
 use crate::door::timespec;
+use crate::seldom::Seldom;
 
 /// Datagrams taken or given with one system call: more of them gain nothing that could be measured.
 const BATCH: usize = 64;
@@ -30,6 +32,7 @@ pub(super) struct Datagrams {
     buffers: Box<[Buffer]>,
     /// Where each of the last batch came from, and its length.
     came: Vec<(SocketAddr, usize)>,
+    unsent: Seldom,
 }
 
 impl Datagrams {
@@ -42,6 +45,7 @@ impl Datagrams {
             giving: MultiHeaders::preallocate(BATCH, None),
             buffers: vec![[0; MAX_DATAGRAM + 1]; BATCH].into(),
             came: Vec::with_capacity(BATCH),
+            unsent: Seldom::default(),
         }
     }
 
@@ -62,9 +66,9 @@ impl Datagrams {
         self.came.iter().zip(buffers).map(|((from, len), buffer)| (*from, &mut buffer[..*len]))
     }
 
-    /// How many the last batch were.
-    pub(super) fn taken(&self) -> usize {
-        self.came.len()
+    /// How many the last batch were, and how many bytes.
+    pub(super) fn taken(&self) -> (usize, usize) {
+        (self.came.len(), self.came.iter().map(|(_, len)| len).sum())
     }
 
     /// Sends all that is in the outbox. What the kernel has no room for is lost: it is UDP.
@@ -84,7 +88,9 @@ impl Datagrams {
                     Ok(some) => sent += some.count().max(1),
                     Err(Errno::EAGAIN) => break,
                     Err(error) => {
-                        tracing::debug!(%error, "a datagram was not sent");
+                        if let Some(more) = self.unsent.now(clock::now()) {
+                            tracing::debug!(%error, more, "a datagram was not sent");
+                        }
                         sent += 1;
                     }
                 }

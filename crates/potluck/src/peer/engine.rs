@@ -98,6 +98,9 @@ pub(super) struct Conn {
     /// Channels we opened, and those they did.
     pub(super) ours: BTreeMap<u16, ContentId>,
     pub(super) theirs: BTreeMap<u16, ContentId>,
+    /// Channels it opened of what is fetched here but not known yet: answered once there is a proof
+    /// of it, so that who begins together finds each other at once.
+    pub(super) early: BTreeMap<u16, ContentId>,
     pub(super) next_channel: u16,
 }
 
@@ -115,8 +118,13 @@ impl Conn {
             idle_since: now,
             ours: BTreeMap::new(),
             theirs: BTreeMap::new(),
+            early: BTreeMap::new(),
             next_channel: 0,
         }
+    }
+
+    fn has_channels(&self) -> bool {
+        !(self.ours.is_empty() && self.theirs.is_empty() && self.early.is_empty())
     }
 }
 
@@ -210,14 +218,20 @@ impl Engine {
         for replica in replicas {
             let id = replica.id();
             let name = self.notes().name_of(id).unwrap_or_default();
-            if replica.is_complete() {
-                self.add(id, name, Phase::Whole(replica.clone()));
-                self.host(&replica, true);
-            } else {
+            // All pieces alone make nothing whole: a fetch that ended just before its final name is
+            // given it now.
+            if replica.is_growing() {
                 let paused = self.notes().is_paused(id).unwrap_or_default();
                 let fetch = Fetch::resumed(id, replica.clone(), paused);
                 self.add(id, name, Phase::Fetching(Box::new(fetch)));
                 self.host(&replica, false);
+            } else {
+                self.add(id, name, Phase::Whole(replica.clone()));
+                if replica.is_complete() {
+                    self.host(&replica, true);
+                } else {
+                    self.lose(id, "a piece of it is not what was shared any more (bit rot?)");
+                }
             }
         }
         self.begin_limits();
@@ -516,6 +530,7 @@ impl Engine {
         let now = clock::now();
         match channel.opener {
             Side::Them => {
+                conn.early.remove(&channel.number);
                 if let Some(content) = conn.theirs.remove(&channel.number)
                     && let Some(content) = self.contents.get(&content)
                 {
@@ -533,8 +548,9 @@ impl Engine {
     /// Tells everybody that a content is over here, in both directions.
     pub(super) fn close_channels(&mut self, id: ContentId) {
         for conn in self.conns.values_mut() {
-            let (ours, theirs) = (&mut conn.ours, &mut conn.theirs);
-            for (channels, opener) in [(ours, Side::Us), (theirs, Side::Them)] {
+            let Conn { ours, theirs, early, .. } = conn;
+            for (channels, opener) in [(ours, Side::Us), (theirs, Side::Them), (early, Side::Them)]
+            {
                 channels.retain(|number, content| {
                     if *content == id {
                         let channel = Channel { number: *number, opener };
@@ -559,7 +575,7 @@ impl Engine {
 
     fn tend_connections(&mut self, now: Moment) {
         for conn in self.conns.values_mut() {
-            if !conn.ours.is_empty() || !conn.theirs.is_empty() || !conn.up {
+            if conn.has_channels() || !conn.up {
                 conn.idle_since = now;
             } else if now.since(conn.idle_since) >= IDLE {
                 conn.idle_since = now;

@@ -329,6 +329,7 @@ impl Engine {
                 for id in opened {
                     self.attach(id, content);
                 }
+                self.admit_early(content);
             }
             Err(error) if error.kind == ErrorKind::Integrity => {
                 warn!(content = %content, error = %error, "a host sent a false list of pieces");
@@ -513,6 +514,9 @@ impl Engine {
         let now = clock::now();
         let served = self.sharing.counts();
         let Some(fetch) = self.fetch_mut(content) else { return };
+        if !fetch.replica.as_ref().is_some_and(|now| Arc::ptr_eq(now, &replica)) {
+            return; // it was called off, and begun again since
+        }
         fetch.finishing = false;
         let path = match result {
             Ok(path) => path,
@@ -592,7 +596,7 @@ impl Engine {
         let recent = |at: &&Moment| now.since(**at) < Duration::from_secs(3);
         let waiting = fetch.waiting(now);
         let stuck = match &fetch.swarm {
-            None => fetch.opened.is_empty() && !fetch.preparing,
+            None => !fetch.opened.values().any(|o| o.answered) && !fetch.preparing,
             Some(swarm) => matches!(
                 swarm.waiting(now),
                 Some(Waiting::NoHosts | Waiting::Missing(_) | Waiting::Silent)

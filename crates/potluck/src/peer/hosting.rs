@@ -45,10 +45,18 @@ impl Engine {
         let replica = self.replica_of(content).cloned();
         let others = self.known_hosts(content, id);
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        let (Some(replica), Some(known)) = (replica, self.contents.get(&content)) else {
-            conn.connection.tell(Command::Refuse { channel });
+        let known = self.contents.get(&content);
+        let (Some(replica), Some(known)) = (replica, known) else {
+            if known.is_some_and(|known| matches!(known.phase, Phase::Fetching(_))) {
+                conn.early.insert(channel, content);
+                // It may know the content already, and have some of it.
+                self.open_on(id, content);
+            } else {
+                conn.connection.tell(Command::Refuse { channel });
+            }
             return;
         };
+        conn.early.remove(&channel);
         conn.theirs.insert(channel, content);
         conn.connection.tell(Command::Admit { channel, replica });
         if !others.is_empty() {
@@ -57,6 +65,19 @@ impl Engine {
         self.sharing.on_open(clock::now(), Self::host_of(id), known.number);
         // Who fetches it may well hold pieces that are missing here.
         self.open_on(id, content);
+    }
+
+    /// A content is known now: those who opened it before are answered.
+    pub(super) fn admit_early(&mut self, content: ContentId) {
+        let early: Vec<(ConnId, u16)> = self
+            .conns
+            .iter()
+            .flat_map(|(id, conn)| conn.early.iter().map(|(channel, of)| (*id, *channel, *of)))
+            .filter_map(|(id, channel, of)| (of == content).then_some((id, channel)))
+            .collect();
+        for (id, channel) in early {
+            self.on_wants_open(id, channel, content);
+        }
     }
 
     /// Further hosts of a content: any of those this machine exchanges it with.
@@ -70,7 +91,8 @@ impl Engine {
             .iter()
             .filter(|(id, c)| **id != except && c.up)
             .filter(|(_, c)| {
-                c.ours.values().chain(c.theirs.values()).any(|there| *there == content)
+                let open = c.ours.values().chain(c.theirs.values()).chain(c.early.values());
+                open.into_iter().any(|there| *there == content)
             })
             .map(|(_, c)| (c.peer, c.address))
             .collect();

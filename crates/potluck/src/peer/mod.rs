@@ -208,6 +208,7 @@ impl Peer {
             invite: None,
             network,
             peer: Some(self.hands.peer.to_string()),
+            metrics: None,
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use potluck_core::bitfield::Bitfield;
 use potluck_core::fault::{Backoff, Fault};
 use potluck_core::id::{ContentId, Kind, PeerId, Piece};
+use potluck_core::layout::MAX_PIECES;
 use potluck_core::swarm::{Host, Swarm};
 use potluck_core::time::Moment;
 use potluck_core::wire::datagram::{Ack, Found, Request as Question, Search, Target};
@@ -22,6 +23,10 @@ use crate::transfer::{Command, ConnId, Gone};
 pub(super) const MAX_NEIGHBOURS: usize = 16;
 /// Hosts remembered for one content.
 const MAX_KNOWN: usize = 256;
+/// Of these so many at the most that only another host told of: its word is not the index's.
+const MAX_TOLD: usize = 64;
+/// Pieces a host may offer before it is known how many there are.
+const MAX_EARLY: usize = 4_096;
 /// A host that was asked for metadata and gave none for so long is left for another.
 pub(super) const META_PATIENCE: Duration = Duration::from_secs(10);
 /// How often the index is asked for further hosts, while there are few.
@@ -32,6 +37,8 @@ const BAN: Duration = Duration::from_secs(600);
 /// A host heard of.
 pub(super) struct Known {
     pub(super) address: SocketAddr,
+    /// Only another host told of it.
+    told: bool,
     pub(super) conn: Option<ConnId>,
     pub(super) next_try: Moment,
     pub(super) backoff: Backoff,
@@ -44,8 +51,15 @@ pub(super) struct Opened {
     pub(super) answered: bool,
     /// What it said before the swarm was there.
     pub(super) have: Option<Bitfield>,
-    pub(super) more: BTreeSet<Piece>,
+    /// What it said that it has since; of any length.
+    pub(super) more: Option<Bitfield>,
     pub(super) grants: Vec<Piece>,
+}
+
+impl Known {
+    const fn new(address: SocketAddr) -> Self {
+        Self { address, told: false, conn: None, next_try: Moment::ZERO, backoff: patience() }
+    }
 }
 
 const fn patience() -> Backoff {
@@ -74,44 +88,46 @@ impl Engine {
     }
 
     pub(super) fn on_found(&mut self, found: &Found) {
-        self.learn(found.id, found.hosts.iter().map(|host| (host.peer, host.address)));
-    }
-
-    /// Other hosts know hosts as well: that way a lost index stops nothing.
-    pub(super) fn on_hosts(&mut self, id: ConnId, channel: u16, hosts: Vec<(PeerId, SocketAddr)>) {
-        let content = self.conns.get(&id).and_then(|conn| conn.ours.get(&channel).copied());
-        if let Some(content) = content {
-            self.learn(content, hosts);
-        }
-    }
-
-    pub(super) fn learn(
-        &mut self,
-        id: ContentId,
-        hosts: impl IntoIterator<Item = (PeerId, SocketAddr)>,
-    ) {
-        let own = self.key.peer();
+        let (id, own) = (found.id, self.key.peer());
         let Some(fetch) = self.fetch_mut(id) else { return };
-        for (peer, address) in hosts {
-            if peer == own || (fetch.known.len() >= MAX_KNOWN && !fetch.known.contains_key(&peer)) {
-                continue;
+        for host in found.hosts.iter().filter(|host| host.peer != own) {
+            if fetch.known.len() >= MAX_KNOWN && !fetch.known.contains_key(&host.peer) {
+                // Who was only told of makes room for who is known to the index.
+                let told =
+                    |(peer, k): (&PeerId, &Known)| (k.told && k.conn.is_none()).then_some(*peer);
+                let Some(told) = fetch.known.iter().find_map(told) else { continue };
+                fetch.known.remove(&told);
             }
-            let known = fetch.known.entry(peer).or_insert_with(|| Known {
-                address,
-                conn: None,
-                next_try: Moment::ZERO,
-                backoff: patience(),
-            });
-            if known.address != address {
-                *known = Known {
-                    conn: known.conn,
-                    address,
-                    next_try: Moment::ZERO,
-                    backoff: patience(),
-                };
+            let known = fetch.known.entry(host.peer).or_insert_with(|| Known::new(host.address));
+            known.told = false;
+            if known.address != host.address {
+                *known = Known { conn: known.conn, ..Known::new(host.address) };
             }
         }
         self.connect(id);
+    }
+
+    /// Other hosts know hosts as well: that way a lost index stops nothing. What they say only adds:
+    /// it changes nothing that the index said, and makes nothing be dialled sooner.
+    pub(super) fn on_hosts(&mut self, id: ConnId, channel: u16, hosts: Vec<(PeerId, SocketAddr)>) {
+        let content = self.conns.get(&id).and_then(|conn| conn.ours.get(&channel).copied());
+        let own = self.key.peer();
+        let Some((content, fetch)) = content.and_then(|id| Some((id, self.fetch_mut(id)?))) else {
+            return;
+        };
+        for (peer, address) in hosts {
+            if let Some(known) = fetch.known.get_mut(&peer) {
+                if known.told && known.conn.is_none() {
+                    known.address = address;
+                }
+                continue;
+            }
+            let told = fetch.known.values().filter(|known| known.told).count();
+            if peer != own && told < MAX_TOLD && fetch.known.len() < MAX_KNOWN {
+                fetch.known.insert(peer, Known { told: true, ..Known::new(address) });
+            }
+        }
+        self.connect(content);
     }
 
     /// Connects to known hosts while there are fewer neighbours than wanted, to any of them: if all
@@ -187,20 +203,9 @@ impl Engine {
         let address = conn.address;
         fetch.opened.insert(
             id,
-            Opened {
-                channel,
-                answered: false,
-                have: None,
-                more: BTreeSet::new(),
-                grants: Vec::new(),
-            },
+            Opened { channel, answered: false, have: None, more: None, grants: Vec::new() },
         );
-        let known = fetch.known.entry(conn.peer).or_insert_with(|| Known {
-            address,
-            conn: None,
-            next_try: Moment::ZERO,
-            backoff: patience(),
-        });
+        let known = fetch.known.entry(conn.peer).or_insert_with(|| Known::new(address));
         known.conn = Some(id);
     }
 
@@ -287,7 +292,9 @@ impl Engine {
         if let Some(shown) = shown.filter(|_| !wrong) {
             swarm.on_have(now, host, &shown);
         }
-        let more: Vec<Piece> = std::mem::take(&mut opened.more).into_iter().collect();
+        let exists = |piece: &Piece| piece.0 < replica.layout().pieces();
+        let more = opened.more.take();
+        let more: Vec<Piece> = more.iter().flat_map(Bitfield::iter).filter(exists).collect();
         if !more.is_empty() {
             swarm.on_have_more(now, host, &more);
         }
@@ -344,7 +351,12 @@ impl Engine {
         let Some(fetch) = self.ours(id, channel).and_then(|c| self.fetch_mut(c)) else { return };
         match (&mut fetch.swarm, fetch.opened.get_mut(&id)) {
             (Some(swarm), _) => swarm.on_granted(clock::now(), Self::host_of(id), pieces),
-            (None, Some(opened)) => opened.grants.extend_from_slice(pieces),
+            (None, Some(opened)) if opened.grants.len() + pieces.len() <= MAX_EARLY => {
+                opened.grants.extend_from_slice(pieces);
+            }
+            (None, Some(_)) => {
+                self.drop_host(id, Goodbye::Protocol, "it offers too much too early");
+            }
             (None, None) => {}
         }
     }
@@ -387,7 +399,12 @@ impl Engine {
                 let Some(fetch) = self.fetch_mut(content) else { return };
                 match (&mut fetch.swarm, fetch.opened.get_mut(&id)) {
                     (Some(swarm), _) => swarm.on_have_more(now, host, pieces),
-                    (None, Some(opened)) => opened.more.extend(pieces),
+                    (None, Some(opened)) => {
+                        let more = opened.more.get_or_insert_with(|| Bitfield::none(MAX_PIECES));
+                        for piece in pieces {
+                            more.insert(*piece);
+                        }
+                    }
                     (None, None) => {}
                 }
             }

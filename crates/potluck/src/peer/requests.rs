@@ -564,7 +564,7 @@ impl Engine {
                 let total = replicas.iter().map(|r| r.size()).sum();
                 let (mut done, mut good, mut ruined) = (0, Vec::new(), Vec::new());
                 for replica in replicas {
-                    match recheck(&replica, &teller, done, total) {
+                    match recheck(&replica, &teller, done, total)? {
                         None => good.push(replica.id().to_string()),
                         Some(why) => ruined.push((replica.id(), replica.path(), why)),
                     }
@@ -679,24 +679,29 @@ fn already_here(replica: &Replica, target: &Path, replies: &Replies) {
 }
 
 /// What is wrong with a replica, telling how far it is; `before` bytes of `total` came first.
-fn recheck(replica: &Replica, teller: &Replies, before: u64, total: u64) -> Option<String> {
+/// What is wrong with a content, if anything.
+///
+/// # Errors
+/// [`ErrorKind::Interrupted`]: nobody waits for it any more, and nothing is known.
+fn recheck(replica: &Replica, teller: &Replies, before: u64, total: u64) -> Result<Option<String>> {
     let cancel = AtomicBool::new(false);
     let progress = |done, _| {
         teller.send(Event::Verifying { done: before + done, total });
         cancel.store(teller.is_gone(), Ordering::Relaxed);
     };
     if replica.is_complete() && replica.changed() {
-        return Some("the file changed, moved or went away after it was shared".into());
+        return Ok(Some("the file changed, moved or went away after it was shared".into()));
     }
-    match replica.recheck(&progress, &cancel) {
+    Ok(match replica.recheck(&progress, &cancel) {
         Ok(bad) if bad.is_empty() => None,
         Ok(bad) => Some(format!(
             "{} of {} pieces are not what they should be",
             bad.len(),
             replica.layout().pieces()
         )),
+        Err(e) if e.kind == ErrorKind::Interrupted => return Err(e),
         Err(e) => Some(e.message),
-    }
+    })
 }
 
 fn path_of(content: &Content) -> PathBuf {

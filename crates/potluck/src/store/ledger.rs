@@ -6,6 +6,7 @@ use std::fs::OpenOptions;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 
 use potluck_core::id::ContentId;
 use potluck_core::time::WallTime;
@@ -44,14 +45,16 @@ pub(super) struct Entry {
 /// The database.
 #[derive(Debug)]
 pub(super) struct Ledger {
-    db: Database,
+    path: PathBuf,
+    /// None where the disk failed and it could not be opened again yet.
+    db: RwLock<Option<Database>>,
 }
 
 impl Ledger {
     /// Opens the database at `path`; one that is broken is moved aside, and a new one begun.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let error = match open_database(path).map_err(|e| (is_broken(&e), e)) {
-            Ok(db) => return Ok(Self { db }),
+            Ok(db) => return Ok(Self::of(path, db)),
             Err((true, error)) => error,
             Err((false, error)) => {
                 let what = format!("cannot open {}: {error}", path.display());
@@ -66,28 +69,34 @@ impl Ledger {
             %error, path = %path.display(), moved_to = %aside.display(),
             "the peer's database is broken: a new one begins; share again what was shared",
         );
-        open_database(path).map(|db| Self { db }).map_err(failed)
+        open_database(path).map(|db| Self::of(path, db)).map_err(failed)
+    }
+
+    fn of(path: &Path, db: Database) -> Self {
+        Self { path: path.to_owned(), db: RwLock::new(Some(db)) }
     }
 
     /// All contents that are remembered, with what could not be read left out.
     pub(super) fn wholes(&self) -> Result<Vec<(ContentId, Entry)>> {
-        let read = self.db.begin_read().map_err(failed)?;
-        let table = match read.open_table(WHOLES) {
-            Ok(table) => table,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            Err(error) => return Err(failed(error)),
-        };
-        let mut all = Vec::new();
-        for row in table.iter().map_err(failed)? {
-            let (key, value) = row.map_err(failed)?;
-            match decode(key.value(), value.value()) {
-                Ok(entry) => all.push(entry),
-                Err(error) => {
-                    tracing::warn!(%error, "an entry of the peer's database is unreadable");
+        self.with(|db| {
+            let read = db.begin_read()?;
+            let table = match read.open_table(WHOLES) {
+                Ok(table) => table,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+                Err(error) => return Err(error.into()),
+            };
+            let mut all = Vec::new();
+            for row in table.iter()? {
+                let (key, value) = row?;
+                match decode(key.value(), value.value()) {
+                    Ok(entry) => all.push(entry),
+                    Err(error) => {
+                        tracing::warn!(%error, "an entry of the peer's database is unreadable");
+                    }
                 }
             }
-        }
-        Ok(all)
+            Ok(all)
+        })
     }
 
     /// Remembers, or forgets, a content.
@@ -104,12 +113,11 @@ impl Ledger {
 
     /// A note.
     pub(super) fn note(&self, name: &str) -> Result<Option<Vec<u8>>> {
-        let read = self.db.begin_read().map_err(failed)?;
-        match read.open_table(NOTES) {
-            Ok(table) => Ok(table.get(name).map_err(failed)?.map(|value| value.value().to_vec())),
+        self.with(|db| match db.begin_read()?.open_table(NOTES) {
+            Ok(table) => Ok(table.get(name)?.map(|value| value.value().to_vec())),
             Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
-            Err(error) => Err(failed(error)),
-        }
+            Err(error) => Err(error.into()),
+        })
     }
 
     /// Writes or removes a note; durable when this returns.
@@ -126,13 +134,34 @@ impl Ledger {
 
     fn write(
         &self,
-        change: impl FnOnce(&redb::WriteTransaction) -> std::result::Result<(), redb::Error>,
+        change: impl Fn(&redb::WriteTransaction) -> std::result::Result<(), redb::Error>,
     ) -> Result<()> {
-        let mut txn = self.db.begin_write().map_err(failed)?;
-        // Two phases, and opened at once after a crash.
-        txn.set_quick_repair(true);
-        change(&txn).map_err(failed)?;
-        txn.commit().map_err(failed)
+        self.with(|db| {
+            let mut txn = db.begin_write()?;
+            // Two phases, and opened at once after a crash.
+            txn.set_quick_repair(true);
+            change(&txn)?;
+            Ok(txn.commit()?)
+        })
+    }
+
+    /// Works with the database. After one failure of the disk (it was full for a moment) redb refuses
+    /// everything until it is opened anew: that is done here, and the work tried once more.
+    fn with<T>(
+        &self,
+        work: impl Fn(&Database) -> std::result::Result<T, redb::Error>,
+    ) -> Result<T> {
+        if let Some(db) = &*self.db.read().unwrap_or_else(PoisonError::into_inner) {
+            match work(db) {
+                Err(redb::Error::Io(_) | redb::Error::PreviousIo) => {}
+                done => return done.map_err(failed),
+            }
+        }
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        drop(db.take()); // first: a file is opened by one at a time
+        let again = db.insert(open_database(&self.path).map_err(failed)?);
+        tracing::info!(path = %self.path.display(), "the peer's database was opened anew");
+        work(again).map_err(failed)
     }
 }
 

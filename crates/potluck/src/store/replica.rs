@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -13,6 +14,7 @@ use potluck_core::bitfield::Bitfield;
 use potluck_core::id::{ContentId, Piece};
 use potluck_core::layout::Layout;
 use potluck_core::time::WallTime;
+use rustix::fs::Advice;
 
 use super::Shared;
 use super::content::Content;
@@ -158,6 +160,19 @@ impl Replica {
                 _ => ReadError::Disk(Error::io(cannot("read", &growing.at().part), &e)),
             }),
             State::Forgotten(_) => Err(ReadError::NotHeld),
+        }
+    }
+
+    /// `piece` is about to be read: the disk may begin. Of small files that would cost more than it
+    /// saves.
+    pub(crate) fn will_read(&self, piece: Piece) {
+        let State::Whole(whole) = &*self.state() else { return };
+        let Some(place) = self.content.layout.place(piece) else { return };
+        if self.content.layout.pieces_of(place.file).len() > 1
+            && let Ok(file) = self.open_whole(whole, place.file)
+        {
+            let len = NonZeroU64::new(place.len.into());
+            let _ = rustix::fs::fadvise(&*file, place.offset, len, Advice::WillNeed); // a hint
         }
     }
 
@@ -378,7 +393,9 @@ impl Replica {
             *state = State::Whole(Arc::clone(&whole));
         }
         drop(state);
-        self.remember(&whole)?;
+        if let Err(error) = self.remember(&whole) {
+            tracing::warn!(%error, content = %self.id(), "what was found is not remembered");
+        }
         Ok(bad)
     }
 
@@ -497,7 +514,13 @@ impl Replica {
         }
     }
 
-    fn remember(&self, whole: &Whole) -> Result<()> {
+    /// Notes it for the next process, unless it was forgotten meanwhile.
+    fn remember(&self, whole: &Arc<Whole>) -> Result<()> {
+        // Held until it is noted: who forgets it waits, and removes the note.
+        let state = self.state();
+        if !matches!(&*state, State::Whole(now) if Arc::ptr_eq(now, whole)) {
+            return Ok(());
+        }
         let entry = Entry {
             path: whole.path.clone(),
             size: self.size(),

@@ -1053,6 +1053,31 @@ fn a_full_disk_is_said_before_or_when_it_happens_and_costs_nothing() {
     assert_eq!(tree(&target("many")), tree(&from.at("many")));
 }
 
+/// A state disk that was full for a moment made the running peer forget everything from then on: redb
+/// refuses all work after one failure, until it is opened anew.
+#[test]
+fn notes_and_shared_contents_are_remembered_again_once_a_full_disk_has_room() {
+    let Some(disk) = SmallDisk::new(8) else { return };
+    let (store, _) = Store::open(&disk.0.path().join("state")).unwrap();
+    store.set_note("before", Some(b"1")).unwrap();
+    let filler = disk.0.path().join("filler");
+    let mut file = File::create(&filler).unwrap();
+    for size in [1 << 20, 4 << 10] {
+        while std::io::Write::write_all(&mut file, &vec![7; size]).is_ok() {}
+    }
+    let much = vec![9; 2 << 20];
+    for _ in 0..2 {
+        let error = store.set_note("much", Some(&much)).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::DiskFull, "{error:?}");
+        assert_eq!(store.note("before").unwrap(), Some(b"1".to_vec()), "what is there is there");
+    }
+    drop(file);
+    fs::remove_file(filler).unwrap();
+    store.set_note("much", Some(&much)).unwrap();
+    assert_eq!(store.note("much").unwrap(), Some(much));
+    assert_eq!(store.note("before").unwrap(), Some(b"1".to_vec()));
+}
+
 #[test]
 fn a_sparse_file_stays_sparse_and_its_holes_are_proved_durable_and_taken_up_like_all() {
     let (from, mut to) = (Bench::new(), Bench::new());

@@ -15,11 +15,19 @@ use super::gather::Gather;
 use super::limiter::Turn;
 use super::secure::{Arrived, Secure};
 use super::session::{GetHandle, Session, last_words};
+use super::unsent::Unsent;
 use super::{Command, ConnId, Connection, Context, Gone, Handle, Letter, Mailbox, no_tls};
 use crate::door::{Pass, timespec};
 use crate::timing::{self, Work};
 use crate::{clock, tls};
 
+/// Where a read in the midst of a piece brings less than this, more is let gather: on a slow link
+/// every packet would wake us.
+const LITTLE: usize = 16 << 10;
+/// So long it gathers at the most: what comes behind the piece waits as well.
+const GATHERING: Duration = Duration::from_millis(10);
+/// For less it is not worth it.
+const LEAST_GATHERING: Duration = Duration::from_millis(1);
 /// To connect.
 const CONNECT: Duration = Duration::from_secs(5);
 /// From the connected socket to a believed Hello.
@@ -119,6 +127,11 @@ struct Thread {
     is_up: bool,
     /// Up to where in the stream we say what is large: small frames beyond wait for no turn.
     large_until: u64,
+    /// The last read, where it left us in the midst of a piece.
+    amid: Option<Moment>,
+    unsent: Unsent,
+    /// More gathers in the socket until then.
+    gathers: Option<Moment>,
     /// Whose turn it is to send and to receive, where that is limited.
     up: Turn,
     down: Turn,
@@ -136,6 +149,7 @@ impl Thread {
         let now = clock::now();
         let (up, down) = session.turns();
         Self {
+            unsent: Unsent::new(secure.socket(), now),
             secure,
             gather: Gather::new(),
             session,
@@ -150,6 +164,8 @@ impl Thread {
             alive: now,
             is_up: false,
             large_until: 0,
+            amid: None,
+            gathers: None,
             up,
             down,
         }
@@ -228,6 +244,7 @@ impl Thread {
             if took > 0 {
                 self.up.moved(took);
                 self.taken = clock::now();
+                self.unsent.took(self.secure.socket(), self.taken, took);
                 self.said = self.taken;
                 self.session.on_written(self.secure.written())?;
             }
@@ -277,7 +294,7 @@ impl Thread {
     fn wait(&mut self) -> Result<Ready, Gone> {
         // While it is not our turn to receive, what lies in the socket stays there: TCP holds the
         // other side back.
-        let (held, to_send) = (self.down.until(), self.up.until());
+        let (held, to_send) = (self.down.until().max(self.gathers.take()), self.up.until());
         let mut interest = PollFlags::empty();
         interest.set(PollFlags::IN, held.is_none());
         interest.set(PollFlags::OUT, !self.secure.is_flushed() && to_send.is_none());
@@ -330,22 +347,24 @@ impl Thread {
         let wanted = self.gather.piece().map(|len| len - self.secure.opened().len().min(len));
         let arrived = self.secure.read(room, wanted)?;
         timing::lap(Work::Receive);
-        match arrived {
+        let n = match arrived {
             Arrived::Some(n) => {
                 self.heard = clock::now();
                 self.down.moved(n);
                 if n < room {
                     self.down.rest();
                 }
+                n
             }
             Arrived::Nothing => {
                 self.down.rest();
                 return Ok(());
             }
             Arrived::End => return Err(self.hung_up()),
-        }
+        };
         self.open()?;
         timing::lap(Work::Open);
+        self.let_gather(n);
         if self.session.is_up() && !self.is_up {
             self.is_up = true;
             self.secure.grow();
@@ -355,6 +374,16 @@ impl Thread {
         }
         self.tell_alive(self.heard)?;
         self.session.hand_over()
+    }
+
+    /// After a read of `n` bytes: lets more gather where it was little and the piece is not over.
+    fn let_gather(&mut self, n: usize) {
+        let missing = self.gather.piece().map(|len| len.saturating_sub(self.secure.opened().len()));
+        let before = std::mem::replace(&mut self.amid, missing.map(|_| self.heard));
+        if let (Some(before), Some(missing)) = (before, missing) {
+            let wait = time_to_gather(n, self.heard.since(before), missing);
+            self.gathers = wait.map(|wait| self.heard + wait);
+        }
     }
 
     /// Tells that the other side said something, if that was not told just now.
@@ -465,6 +494,14 @@ impl Thread {
     }
 }
 
+/// How long to let bytes gather, when `n` of a piece came since `took` ago and so many are missing:
+/// until enough or the rest has come at that rate.
+fn time_to_gather(n: usize, took: Duration, missing: usize) -> Option<Duration> {
+    let due = missing.min(LITTLE) as u32;
+    let wait = (took.saturating_mul(due) / n.max(1) as u32).min(GATHERING);
+    (n < LITTLE && wait >= LEAST_GATHERING).then_some(wait)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -539,6 +576,22 @@ mod tests {
         // What lies in the socket unread is no silence.
         assert_eq!(thread.keep_time(late, Ready { read: true, write: false }), Ok(()));
         assert!(matches!(thread.after(16), Err(Gone::TimedOut(_))));
+    }
+
+    #[test]
+    fn what_comes_in_small_parts_is_let_gather_until_enough_or_the_rest_of_the_piece_is_due() {
+        let ms = Duration::from_millis;
+        let a_packet = 1_448;
+        // 0.5 MB/s: as long as is allowed; 5 MB/s: until 16 KiB are there; 50 MB/s: not at all.
+        assert_eq!(time_to_gather(a_packet, ms(3), 60_000), Some(GATHERING));
+        let wait = time_to_gather(a_packet, Duration::from_micros(290), 60_000).unwrap();
+        assert!((ms(3)..ms(4)).contains(&wait), "{wait:?}");
+        assert_eq!(time_to_gather(a_packet, Duration::from_micros(29), 60_000), None);
+        // The end of the piece is not waited past.
+        assert_eq!(time_to_gather(a_packet, ms(3), a_packet), Some(ms(3)));
+        assert_eq!(time_to_gather(a_packet, ms(3), 400), None);
+        assert_eq!(time_to_gather(LITTLE, ms(3), 60_000), None);
+        assert_eq!(time_to_gather(0, ms(3), 60_000), Some(GATHERING));
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | `incoming` | bytes that came in, where they lie until they are of use |
 //! | `secure` | TLS ↔ socket, in few large steps |
 //! | `records` | how a record is sealed and opened |
+//! | `unsent` | how much a socket takes beyond what is on its way |
 //! | `limiter` | the limits all connections keep to together, and whose turn it is |
 
 mod connection;
@@ -21,11 +22,12 @@ mod outbox;
 mod records;
 mod secure;
 mod session;
+mod unsent;
 
 #[cfg(test)]
 mod exchange;
 #[cfg(test)]
-mod puppet;
+pub(crate) mod puppet;
 #[cfg(test)]
 mod tests;
 

@@ -133,9 +133,9 @@ pub(super) fn pair() -> ((Machine, Connection), (Machine, Connection)) {
 }
 
 /// A peer that is worked by hand, over a blocking socket.
-pub(super) struct Puppet {
+pub(crate) struct Puppet {
     tls: Box<dyn Talk>,
-    pub(super) socket: TcpStream,
+    pub(crate) socket: TcpStream,
     heard: VecDeque<u8>,
 }
 
@@ -145,9 +145,14 @@ impl<T: Read + Write + Send> Talk for T {}
 impl Puppet {
     /// Dials and finishes the TLS handshake, saying nothing yet.
     pub(super) fn dial(to: &Machine, key: &MachineKey) -> Self {
-        let config = tls::client(key, tls::Expect::Key(to.peer.0), tls::PEERS).unwrap();
+        Self::dial_at(to.address, to.peer, key)
+    }
+
+    /// The same with any peer.
+    pub(crate) fn dial_at(address: SocketAddr, peer: PeerId, key: &MachineKey) -> Self {
+        let config = tls::client(key, tls::Expect::Key(peer.0), tls::PEERS).unwrap();
         let tls = ClientConnection::new(Arc::new(config), tls::no_name()).unwrap();
-        Self::shake_hands(TcpStream::connect(to.address).unwrap(), tls)
+        Self::shake_hands(TcpStream::connect(address).unwrap(), tls)
     }
 
     /// Dials and comes up as the member `n`; `to` has reported Up.
@@ -160,11 +165,17 @@ impl Puppet {
 
     /// Waits at `listener` for a dialler, and comes up as the member `n`.
     pub(super) fn answer(listener: &TcpListener, n: u8) -> Self {
-        let config = tls::server(&key(n), tls::PEERS).unwrap();
+        let (socket, _) = listener.accept().unwrap();
+        Self::answer_as(socket, &key(n), &certificate(key(n).peer()))
+    }
+
+    /// Comes up with whoever dialled, as a member that shows this.
+    pub(crate) fn answer_as(socket: TcpStream, key: &MachineKey, shown: &Certificate) -> Self {
+        let config = tls::server(key, tls::PEERS).unwrap();
         let tls = ServerConnection::new(Arc::new(config)).unwrap();
-        let mut puppet = Self::shake_hands(listener.accept().unwrap().0, tls);
+        let mut puppet = Self::shake_hands(socket, tls);
         puppet.hear(|frame| assert!(matches!(frame, Frame::Hello { .. }), "{frame:?}"));
-        puppet.hello(&certificate(key(n).peer()));
+        puppet.hello(shown);
         puppet
     }
 
@@ -181,43 +192,50 @@ impl Puppet {
         Self { tls, socket, heard: VecDeque::new() }
     }
 
-    pub(super) fn hello(&mut self, certificate: &Certificate) {
+    pub(crate) fn hello(&mut self, certificate: &Certificate) {
         self.say(&Frame::Hello { certificate: &certificate.encode(), port: 4711 });
     }
 
-    pub(super) fn say(&mut self, frame: &Frame<'_>) {
+    pub(crate) fn say(&mut self, frame: &Frame<'_>) {
         let mut bytes = vec![];
         frame.encode(&mut bytes);
         self.say_bytes(&bytes);
     }
 
     /// Sends these bytes as application data; an error is not one of ours.
-    pub(super) fn say_bytes(&mut self, bytes: &[u8]) {
+    pub(crate) fn say_bytes(&mut self, bytes: &[u8]) {
         let _ = self.tls.write_all(bytes).and_then(|()| self.tls.flush());
     }
 
     /// Hands the next frame but pings to `look`.
-    pub(super) fn hear<T>(&mut self, look: impl FnOnce(Frame<'_>) -> T) -> T {
+    pub(crate) fn hear<T>(&mut self, look: impl FnOnce(Frame<'_>) -> T) -> T {
+        self.try_to_hear(look).unwrap()
+    }
+
+    /// The same; an error where the connection is over.
+    pub(crate) fn try_to_hear<T>(
+        &mut self,
+        look: impl FnOnce(Frame<'_>) -> T,
+    ) -> std::io::Result<T> {
         loop {
-            let len: [u8; 4] = self.take(4).try_into().unwrap();
-            let frame = self.take(u32::from_be_bytes(len) as usize);
+            let len: [u8; 4] = self.take(4)?.try_into().unwrap();
+            let frame = self.take(u32::from_be_bytes(len) as usize)?;
             match Frame::decode(&frame).unwrap() {
                 Frame::Ping => {}
-                frame => return look(frame),
+                frame => return Ok(look(frame)),
             }
         }
     }
 
-    fn take(&mut self, n: usize) -> Vec<u8> {
+    fn take(&mut self, n: usize) -> std::io::Result<Vec<u8>> {
         while self.heard.len() < n {
             let mut more = vec![0; 64 << 10];
-            match self.tls.read(&mut more) {
-                Ok(0) => panic!("the connection ended"),
-                Ok(got) => self.heard.extend(&more[..got]),
-                Err(error) => panic!("{error}"),
+            match self.tls.read(&mut more)? {
+                0 => return Err(Io::UnexpectedEof.into()),
+                got => self.heard.extend(&more[..got]),
             }
         }
-        self.heard.drain(..n).collect()
+        Ok(self.heard.drain(..n).collect())
     }
 
     /// Everything that is said until the connection ends.

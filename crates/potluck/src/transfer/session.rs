@@ -330,7 +330,9 @@ impl Session {
             Command::Admit { channel, replica } => self.admit(channel, replica),
             Command::Refuse { channel } => self.close(theirs(channel)),
             Command::Serve { channel, piece } => {
-                if open_theirs(&mut self.theirs, channel).is_some() {
+                if let Some(open) = open_theirs(&mut self.theirs, channel) {
+                    // All that is told together is read from the disk together, not one by one.
+                    open.replica.iter().for_each(|replica| replica.will_read(piece));
                     self.outbox.serve(channel, piece);
                 }
                 Ok(())

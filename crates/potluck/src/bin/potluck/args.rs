@@ -324,11 +324,22 @@ Examples:
     /// Run a standing index: where the machines of a network find each other
     ///
     /// It keeps who has what; the files go from machine to machine and never over it. It runs until
-    /// Ctrl-C or potluck down --index, and prints an invitation for your machines.
+    /// Ctrl-C or potluck down --index, and prints an invitation for your machines. On a terminal it
+    /// shows how it is, second by second.
+    ///
+    /// --metrics ADDR:PORT serves /metrics (for Prometheus), /healthz and /readyz by HTTP to whoever
+    /// reaches that address: counts, never a name or an id.
+    ///
+    /// --config FILE sets limits, and is read again at SIGHUP; a file with anything wrong in it is
+    /// refused, and what was set holds on. Lines `name = value`, all of them optional: members,
+    /// contents, registrations, registrations_a_member, names, versions, versions_a_publisher,
+    /// watchers, sessions_a_member, requests_a_second (of one member), memory = "1GiB" (reckoned; from
+    /// there on nothing more is taken), log = "info" (as POTLUCK_LOG).
     #[command(after_help = "\
 Examples:
   potluck index
   potluck index --listen 0.0.0.0:7700 --advertise potluck.example.org:7700
+  potluck index --metrics 9700 --config /etc/potluck/index.toml
   potluck index --json --listen 127.0.0.1:0    any free port, for scripts")]
     Index(Index),
     /// Run the peer in the foreground (services, containers)
@@ -488,6 +499,12 @@ pub(crate) struct Index {
     /// Threads that answer datagrams [default: one for each core, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: Option<u16>,
+    /// Where machines read how it is, by HTTP; a port alone means this machine only [default: nowhere]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = own_address)]
+    pub(crate) metrics: Option<SocketAddr>,
+    /// A file with limits, read again at SIGHUP [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
     /// Seconds between the reports of its members: short ones are for trying what a loss does.
     #[arg(long, hide = true, value_name = "SECONDS", default_value_t = 25,
           value_parser = clap::value_parser!(u16).range(1..))]
@@ -542,8 +559,17 @@ fn name(text: &str) -> Result<String, String> {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
+    address_or_port(text, [0, 0, 0, 0])
+}
+
+/// Where a port alone is one of this machine only.
+fn own_address(text: &str) -> Result<SocketAddr, String> {
+    address_or_port(text, [127, 0, 0, 1])
+}
+
+fn address_or_port(text: &str, alone: [u8; 4]) -> Result<SocketAddr, String> {
     let port = text.strip_prefix(':').unwrap_or(text).parse::<u16>();
-    port.map(|port| SocketAddr::from(([0, 0, 0, 0], port)))
+    port.map(|port| SocketAddr::from((alone, port)))
         .or_else(|_| text.parse())
         .map_err(|_| "an address looks like 0.0.0.0:7700 or [::]:7700, or is a port alone".into())
 }
@@ -612,5 +638,7 @@ mod tests {
         assert_eq!(read(":7700").as_deref(), Some("0.0.0.0:7700"));
         assert_eq!(read("[::]:0").as_deref(), Some("[::]:0"));
         assert_eq!(read("localhost"), None);
+        assert_eq!(own_address("9700"), Ok(SocketAddr::from(([127, 0, 0, 1], 9700))));
+        assert_eq!(own_address("0.0.0.0:9700"), address("9700"));
     }
 }

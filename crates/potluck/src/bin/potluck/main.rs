@@ -6,15 +6,18 @@
 //! | `verbs` | what each verb asks, and how its answers look |
 //! | `serve` | the verbs that are the process: `up`, `index` |
 //! | `process` | the way to the process that does the work |
+//! | `config`, `screen` | an index's settings in a file; what a person sees of it |
 //! | `demo` | the whole story on one machine |
 //! | `progress`, `render`, `interrupt` | bars; text; Ctrl-C |
 
 mod args;
+mod config;
 mod demo;
 mod interrupt;
 mod process;
 mod progress;
 mod render;
+mod screen;
 mod serve;
 mod verbs;
 

@@ -168,7 +168,7 @@ impl Line {
     /// To a peer in this process, that other commands of this state folder find as well.
     pub(crate) fn here(cx: &Context, listen: &Listen) -> Result<Self> {
         cx.must_not_run(Role::Peer, "leave out --foreground to use it, or stop it: potluck down")?;
-        log(cx);
+        drop(log(cx));
         let peer = Peer::open(cx.settings(listen))?;
         peer.serve_control()?;
         Ok(Self::Here(Arc::new(peer)))

@@ -2,16 +2,23 @@
 //! to stop.
 
 use std::io::{IsTerminal, Read};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use crossbeam_channel::RecvTimeoutError;
 use potluck::control::Event;
 use potluck::daemon::Role;
 use potluck::{Error, Index, IndexSettings, Peer, Result};
+use signal_hook::consts::SIGHUP;
+use signal_hook::iterator::Signals;
+use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
-use crate::args;
 use crate::process::Context;
 use crate::render::{count, machine, plain, span};
+use crate::screen::Screen;
+use crate::{args, config, screen};
 
 pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
     if args.detach {
@@ -19,7 +26,7 @@ pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
         let _ = rustix::process::setsid();
     }
     cx.must_not_run(Role::Peer, "stop it: potluck down; or give another --state")?;
-    log(cx);
+    drop(log(cx));
     let peer = Peer::open(cx.settings(&args.listen))?;
     peer.serve_control()?;
     let ready = peer.ready();
@@ -47,7 +54,9 @@ pub(crate) fn up(cx: &Context, args: &args::Up) -> Result<()> {
 
 pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
     cx.must_not_run(Role::Index, "stop it: potluck down --index; or give another --state")?;
-    log(cx);
+    let set_log = log(cx);
+    let config = args.config.as_deref().map(config::read).transpose()?.unwrap_or_default();
+    config.log.iter().for_each(|filter| set_log(filter));
     let settings = IndexSettings::new(&cx.state);
     let index = Index::open(&IndexSettings {
         listen: args.listen,
@@ -56,6 +65,8 @@ pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
         invite_valid: args.valid,
         heartbeat_s: args.heartbeat,
         workers: args.workers.map_or(settings.workers, usize::from),
+        limits: config.limits,
+        metrics: args.metrics,
         ..settings
     })?;
     index.serve_control()?;
@@ -79,14 +90,49 @@ pub(crate) fn index(cx: &Context, args: &args::Index) -> Result<()> {
     if args.leash {
         end_with_stdin();
     }
-    index.wait();
+    let limits = Mutex::new(config.limits);
+    let reload = |path: &Path| match config::read(path) {
+        Ok(config) => {
+            index.set_limits(&config.limits);
+            *limits.lock().unwrap_or_else(PoisonError::into_inner) = config.limits;
+            config.log.iter().for_each(|filter| set_log(filter));
+            info!(file = %path.display(), limits = ?config.limits, "settings were read again");
+        }
+        Err(error) => error!(%error, "the settings stay as they were"),
+    };
+    let (done, is_done) = crossbeam_channel::bounded::<()>(0);
+    let reloads = args.config.as_deref().map(|path| Ok((path, Signals::new([SIGHUP])?)));
+    let reloads = reloads.transpose().map_err(|e| Error::io("cannot wait for signals", &e))?;
+    let handle = reloads.as_ref().map(|(_, signals)| signals.handle());
+    thread::scope(|scope| {
+        if let Some((path, mut signals)) = reloads {
+            scope.spawn(move || signals.forever().for_each(|_| reload(path)));
+        }
+        if !cx.json
+            && !cx.quiet
+            && std::io::stdout().is_terminal()
+            && std::io::stderr().is_terminal()
+        {
+            let (index, limits) = (&index, &limits);
+            scope.spawn(move || {
+                let mut screen = Screen::new(index.status());
+                while is_done.recv_timeout(screen::EVERY) == Err(RecvTimeoutError::Timeout) {
+                    let limits = *limits.lock().unwrap_or_else(PoisonError::into_inner);
+                    screen.show(index.status(), &limits);
+                }
+            });
+        }
+        index.wait();
+        handle.iter().for_each(signal_hook::iterator::Handle::close);
+        drop(done);
+    });
     index.stop();
     cx.event(&Event::Stopping)
 }
 
 /// Logs go to stderr: for a person what is odd, for a log file what a user would care about too;
-/// more by `-v`, or as `POTLUCK_LOG` says.
-pub(crate) fn log(cx: &Context) {
+/// more by `-v`, or as `POTLUCK_LOG` says. What is returned sets another filter.
+pub(crate) fn log(cx: &Context) -> impl Fn(&str) + Sync {
     let level = match (cx.quiet, cx.verbose) {
         (true, _) => "error",
         (_, 0) if std::io::stderr().is_terminal() => "warn",
@@ -97,11 +143,14 @@ pub(crate) fn log(cx: &Context) {
     let filter = EnvFilter::try_from_env("POTLUCK_LOG")
         .unwrap_or_else(|_| EnvFilter::new(format!("warn,potluck={level},potluck_core={level}")));
     let colours = std::io::stderr().is_terminal() && console::colors_enabled_stderr();
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| screen::Log)
         .with_ansi(colours)
-        .try_init();
+        .with_filter_reloading();
+    let handle = log.reload_handle();
+    let _ = log.try_init();
+    move |filter| drop(handle.reload(EnvFilter::new(filter)))
 }
 
 /// Ends this process when its stdin ends: whoever started it is gone, however that came.
