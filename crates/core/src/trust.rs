@@ -602,6 +602,17 @@ mod tests {
     }
 
     #[test]
+    fn what_a_joining_machine_shows_is_worth_nothing_on_another_connection_or_to_another_machine() {
+        let (secret, exporter) = ([1; 16], [2; 32]);
+        let peer = MachineKey::from_seed([3; 32]).peer();
+        let tag = join_tag(&secret, &exporter, peer);
+        assert!(same_tag(&tag, &join_tag(&secret, &exporter, peer)));
+        assert!(!same_tag(&tag, &join_tag(&secret, &[4; 32], peer)), "relayed");
+        assert!(!same_tag(&tag, &join_tag(&secret, &exporter, PeerId([5; 32]))), "another's");
+        assert!(!same_tag(&tag, &join_tag(&[6; 16], &exporter, peer)), "without the secret");
+    }
+
+    #[test]
     fn a_cleaned_label_is_clean() {
         let long = format!("{} {}", "x".repeat(MAX_LABEL - 1), "y");
         for label in [" bob ", "bob \u{202E}", "\u{202E} \n bob", &long, "", "é b"] {

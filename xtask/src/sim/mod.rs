@@ -56,12 +56,13 @@ fn fault(text: &str) -> Result<Fault, String> {
     Fault::ALL.into_iter().find(named).ok_or_else(|| "no such fault".to_owned())
 }
 
-/// One run of some seeds by another process.
+/// What came of some worlds.
+#[derive(Default)]
 struct Outcome {
     /// Steps, copies, then one number for each of [`MARKS`], summed over all worlds that ended well.
     sums: Vec<u64>,
-    /// The first that failed, and how.
-    failed: Option<(u64, String)>,
+    /// Seeds that failed, and how.
+    failed: Vec<(u64, String)>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -84,18 +85,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let each = args.seeds.div_ceil(workers).max(1);
     let ends = args.seed + args.seeds;
     let parts = (args.seed..ends).step_by(each as usize).map(|from| (from, ends.min(from + each)));
-    let (mut sums, mut failed) = (vec![0; MARKS.len() + 2], vec![]);
-    let outcomes: Vec<Result<_>> = thread::scope(|scope| {
+    let outcomes: Vec<Result<Outcome>> = thread::scope(|scope| {
         let run = |(from, to)| scope.spawn(move || args.part(from, to));
         let running: Vec<_> = parts.map(run).collect();
         let ended = |run: thread::ScopedJoinHandle<'_, _>| run.join().expect("no worker panics");
         running.into_iter().map(ended).collect()
     });
+    let mut all = Outcome::default();
     for outcome in outcomes {
-        let (part, failures) = outcome?;
-        sums.iter_mut().zip(part).for_each(|(sum, n)| *sum += n);
-        failed.extend(failures);
+        all.add(outcome?);
     }
+    let Outcome { sums, failed } = all;
     println!(
         "{} worlds, {} failed, {} steps, {} copies",
         args.seeds,
@@ -131,6 +131,14 @@ fn work(args: &Args) {
     }
 }
 
+impl Outcome {
+    fn add(&mut self, more: Self) {
+        self.sums.resize(MARKS.len() + 2, 0);
+        self.sums.iter_mut().zip(more.sums).for_each(|(sum, n)| *sum += n);
+        self.failed.extend(more.failed);
+    }
+}
+
 impl Args {
     fn plan(&self) -> Plan {
         let faults = Fault::ALL.into_iter().filter(|fault| !self.without.contains(fault)).collect();
@@ -138,18 +146,15 @@ impl Args {
     }
 
     /// All worlds of a part: after one that failed goes on with the next.
-    fn part(&self, mut from: u64, to: u64) -> Result<(Vec<u64>, Vec<(u64, String)>)> {
-        let (mut sums, mut failed) = (vec![0; MARKS.len() + 2], vec![]);
+    fn part(&self, mut from: u64, to: u64) -> Result<Outcome> {
+        let mut all = Outcome::default();
         let without = self.without.iter().copied().collect();
         while from < to {
             let outcome = elsewhere(from, to - from, &without, self.machines, self.troubled)?;
-            sums.iter_mut().zip(outcome.sums).for_each(|(sum, n)| *sum += n);
-            let Some((seed, why)) = outcome.failed else { break };
-            eprintln!("seed {seed} failed");
-            failed.push((seed, why));
-            from = seed + 1;
+            from = outcome.failed.last().map_or(to, |(seed, _)| seed + 1);
+            all.add(outcome);
         }
-        Ok((sums, failed))
+        Ok(all)
     }
 
     /// The arguments of the smallest world of a failing seed that still fails, found by leaving out one
@@ -160,13 +165,13 @@ impl Args {
         for fault in Fault::ALL {
             let mut less = without.clone();
             if less.insert(fault)
-                && elsewhere(seed, 1, &less, self.machines, troubled)?.failed.is_some()
+                && !elsewhere(seed, 1, &less, self.machines, troubled)?.failed.is_empty()
             {
                 without = less;
             }
         }
         while troubled > 1
-            && elsewhere(seed, 1, &without, self.machines, troubled * 3 / 4)?.failed.is_some()
+            && !elsewhere(seed, 1, &without, self.machines, troubled * 3 / 4)?.failed.is_empty()
         {
             troubled = troubled * 3 / 4;
         }
@@ -215,20 +220,20 @@ fn elsewhere(
         .spawn()
         .context("cannot start a worker")?;
     let output = worker.stdout.take().context("a worker has no output")?;
-    let mut outcome = Outcome { sums: vec![0; MARKS.len() + 2], failed: None };
+    let mut outcome = Outcome::default();
     for line in BufReader::new(output).lines() {
         let line = line?;
         if let Some(numbers) = line.strip_prefix("done ") {
-            let numbers = numbers.split(' ').map(|n| n.parse::<u64>().unwrap_or(0));
-            outcome.sums.iter_mut().zip(numbers).for_each(|(sum, n)| *sum += n);
+            let sums = numbers.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+            outcome.add(Outcome { sums, failed: vec![] });
         } else if let Some((seed, why)) =
             line.strip_prefix("failed ").and_then(|rest| rest.split_once(' '))
         {
-            outcome.failed = Some((seed.parse()?, why.to_owned()));
+            outcome.failed.push((seed.parse()?, why.to_owned()));
         }
     }
     let status = worker.wait()?;
-    if !status.success() && outcome.failed.is_none() {
+    if !status.success() && outcome.failed.is_empty() {
         bail!("a worker ended with {status} and said nothing");
     }
     Ok(outcome)
