@@ -5,6 +5,7 @@
 mod bench;
 mod lab;
 mod proc;
+mod soak;
 mod table;
 mod tools;
 
@@ -31,6 +32,12 @@ enum Verb {
     /// every copy and compares the time of the last with the bound that nothing can beat. Needs root;
     /// whatever it makes is gone when it ends, however it ends.
     Lab(Box<lab::Args>),
+    /// Run the long forms of the tests that make faults, for as long as is wanted
+    ///
+    /// Kills, power cuts, failing disks, hostile members, bad networks and fuzzing, each in turn, and a
+    /// table of how they went. Root, strace and xfsprogs make it whole; fuzzing wants cargo-fuzz and
+    /// a nightly compiler. What cannot be done here is said and skipped.
+    Soak(soak::Args),
     /// The echoes that `bench index` measures against
     #[command(hide = true)]
     Echo(bench::echo::Args),
@@ -40,6 +47,7 @@ fn main() -> anyhow::Result<()> {
     match Task::parse().task {
         Verb::Bench(args) => bench::run(&args),
         Verb::Lab(args) => lab::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Echo(args) => bench::echo::serve(&args),
     }
 }
