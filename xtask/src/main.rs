@@ -6,6 +6,7 @@ mod bench;
 mod lab;
 mod proc;
 mod sim;
+mod soak;
 mod table;
 mod tools;
 
@@ -37,6 +38,12 @@ enum Verb {
     /// Index, links, swarms, sharing and trust in one world each; at the end every belief is compared
     /// with the truth. A seed that fails is named, with the smallest set of faults that still fails.
     Sim(sim::Args),
+    /// Run the long forms of the tests that make faults, for as long as is wanted
+    ///
+    /// Kills, power cuts, failing disks, hostile members, bad networks and fuzzing, each in turn, and a
+    /// table of how they went. Root, strace and xfsprogs make it whole; fuzzing wants cargo-fuzz and
+    /// a nightly compiler. What cannot be done here is said and skipped.
+    Soak(soak::Args),
     /// The echoes that `bench index` measures against
     #[command(hide = true)]
     Echo(bench::echo::Args),
@@ -47,6 +54,7 @@ fn main() -> anyhow::Result<()> {
         Verb::Bench(args) => bench::run(&args),
         Verb::Lab(args) => lab::run(&args),
         Verb::Sim(args) => sim::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Echo(args) => bench::echo::serve(&args),
     }
 }

@@ -54,6 +54,8 @@ pub fn connection(script: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
     fn replay(target: &str, run: fn(&[u8])) {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
@@ -65,6 +67,32 @@ mod tests {
             ran += 1;
         }
         assert!(ran > 0, "{target}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        #[test]
+        fn any_script_is_gone_through(
+            steps in vec((any::<u8>(), vec(any::<u8>(), 0..40)), 0..60),
+        ) {
+            let step = |(choice, bytes): (u8, Vec<u8>)| {
+                [vec![choice, bytes.len() as u8], bytes].concat()
+            };
+            connection(&steps.into_iter().flat_map(step).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn any_records_are_gone_through(
+            change in any::<u8>(), there in any::<u8>(),
+            runs in vec((1u8..6, 0u32..4, 0u32..4), 0..12),
+        ) {
+            let record = |(kind, first, count): (u8, u32, u32)| {
+                [&[kind, 8][..], &first.to_be_bytes(), &count.to_be_bytes()].concat()
+            };
+            let records: Vec<u8> = runs.into_iter().flat_map(record).collect();
+            journal(&[&[change, there][..], &records].concat());
+        }
     }
 
     #[test]

@@ -312,9 +312,13 @@ fn a_fetch_that_is_killed_just_before_its_final_name_gets_it_afterwards() {
     let target = bob.home.join("copy");
     let Some(slow) = Tampering::with(&bob, "renameat2", "delay_enter=3000000") else { return };
     let get = bob.begins(&["get", &id, "-o", "copy"]);
+    until("all pieces", || (bob.has(&id) == bytes.len() as u64).then_some(()));
     until("its end", || is_held_up(&bob).then_some(()));
     bob.is_killed();
     drop((slow, get));
+    // Whoever tampers with its threads has to let go of them as well.
+    let is_gone = || !Path::new(&format!("/proc/{}", bob.pid())).exists();
+    until("an end of all its threads", || is_gone().then_some(()));
     assert!(!target.exists());
     bob.is_back();
     until("its name", || target.exists().then_some(()));
