@@ -2,8 +2,9 @@
 //! Requests are sealed beforehand, every reply is opened, and one in a few is read as well.
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use potluck::control::Event;
@@ -14,12 +15,12 @@ use potluck_core::time::WallTime;
 use potluck_core::trust::{Invitation, MachineKey, NameRecord};
 use potluck_core::wire::datagram::{
     Ack, Code, HEAD_BYTES, HELD_ALL, ITEMS_ROOM, Item, List, Load, MAX_DATAGRAM, Register, Reply,
-    Request, RowKey, Search, Target, digest_of,
+    Request, RowKey, Search, Target, Watch, digest_of,
 };
 
 use super::storm::{self, Batches, Requests, Storm, Waits};
 use super::tracker::Tracker;
-use super::{Setting, echo};
+use super::{Setting, echo, flood};
 use crate::proc::{self, Machine, Place, measure};
 use crate::table::{Table, median};
 
@@ -28,7 +29,7 @@ const INDEX_CORE: usize = 0;
 /// … and its members on this one.
 const OWN_CORE: usize = 1;
 /// Members.
-const MEMBERS: u32 = 10_000;
+pub(super) const MEMBERS: u32 = 10_000;
 /// Hosts of each content.
 const HOSTS: u32 = 10;
 /// Contents that have a name: the listing has a row for each content, named or not.
@@ -37,12 +38,16 @@ const NAMED: u32 = 2_000;
 const REQUESTS: usize = 400_000;
 /// Requests at half the rate, to see how long answers take.
 const STEADY: usize = 200_000;
+/// Changes that watchers are told of, one after the other.
+const CHANGES: u32 = 5;
+/// A notice that takes so long is lost.
+const NOTICE: Duration = Duration::from_secs(2);
 /// Tries of a request that must not be lost.
 const TRIES: u32 = 20;
 /// Of so many replies one is read to its end, not only opened.
 const READ_ONE_IN: u64 = 16;
 
-pub(super) fn run(setting: &Setting, registrations: u32) -> Result<()> {
+pub(super) fn run(setting: &Setting, registrations: u32, attacked: bool) -> Result<()> {
     if proc::find("taskset").is_none() || std::thread::available_parallelism()?.get() < 2 {
         println!("## Index\n\nNot measured: it takes taskset (util-linux) and two cores.\n");
         return Ok(());
@@ -50,12 +55,15 @@ pub(super) fn run(setting: &Setting, registrations: u32) -> Result<()> {
     let contents = registrations / HOSTS;
     let (index, _) = Machine::index(&setting.potluck, &setting.dir, Some(INDEX_CORE))?;
     let empty = proc::memory(index.pid(), "VmRSS")?;
-    let invited = index.asks(["invite", "--uses", &MEMBERS.to_string()])?;
+    let invited = index.asks(["invite", "--uses", &(MEMBERS + 1).to_string()])?;
     let Event::Invited { invite, .. } = invited else { bail!("invite said {invited:?}") };
     let invitation: Invitation = invite.parse()?;
-    let mut crowd = Crowd::join(&invitation)?;
+    let mut crowd = Crowd::join(&invitation, 0..MEMBERS)?;
     crowd.register_all(contents)?;
     crowd.refresh_cookies()?;
+    if attacked {
+        return attack(&mut crowd, &index, contents, &invitation);
+    }
     let sizes = crowd.reply_sizes(contents)?;
 
     let (echo, address) = echo::start(INDEX_CORE, false, sizes, MEMBERS)?;
@@ -76,8 +84,8 @@ pub(super) fn run(setting: &Setting, registrations: u32) -> Result<()> {
         }
     }
     keep_to(None)?;
-    let full = proc::memory(index.pid(), "VmRSS")?;
     drop((echo, bare, tracker.take()));
+    let full = proc::memory(index.pid(), "VmRSS")?;
     let (index, back) = measure(&[], || {
         let place = Place { core: Some(INDEX_CORE), ..Place::here() };
         index.again("index", &place)
@@ -101,6 +109,36 @@ pub(super) fn run(setting: &Setting, registrations: u32) -> Result<()> {
         back.seconds,
     );
     Ok(())
+}
+
+/// What members get while somebody attacks, and how soon all of them are told of a change.
+fn attack(crowd: &mut Crowd, index: &Machine, contents: u32, invited: &Invitation) -> Result<()> {
+    keep_to(Some(OWN_CORE))?;
+    let floods = flood::run(crowd, index.pid(), contents, invited)?;
+    crowd.refresh_cookies()?;
+    let told = crowd.tell_watchers(contents)?;
+    keep_to(None)?;
+    println!(
+        "## Index under attack: requests of members, while another process sends what it must not heed\n\n{floods}"
+    );
+    println!(
+        "## Live listing: {} watchers, {CHANGES} changes, one after the other\n\nTold within {:.0} ms: half of them; {:.0} ms: 99 of 100; {:.0} ms: all that were. Not told: {} of {}.\n",
+        MEMBERS,
+        told.p50,
+        told.p99,
+        told.last,
+        told.missing,
+        MEMBERS * CHANGES,
+    );
+    Ok(())
+}
+
+/// How long it took until watchers were told of a change, in ms.
+struct Told {
+    p50: f64,
+    p99: f64,
+    last: f64,
+    missing: u32,
 }
 
 /// What was measured of each, by name, the index first.
@@ -149,16 +187,16 @@ fn keep_to(core: Option<usize>) -> Result<()> {
 }
 
 /// One member, as the index knows it.
-struct Guest {
+pub(super) struct Guest {
     key: MachineKey,
-    number: MemberNumber,
-    epoch: u16,
-    salt: u64,
-    keys: SessionKeys,
+    pub(super) number: MemberNumber,
+    pub(super) epoch: u16,
+    pub(super) salt: u64,
+    pub(super) keys: SessionKeys,
     /// The key of replies, and the boot of the index it is for.
     reply: Option<(u64, [u8; 16])>,
-    counter: u64,
-    cookie: [u8; 16],
+    pub(super) counter: u64,
+    pub(super) cookie: [u8; 16],
     /// Sum of the digests of all it registered.
     digest: u128,
 }
@@ -174,17 +212,17 @@ enum Real {
 }
 
 /// All members, behind one socket.
-struct Crowd {
-    batches: Batches,
+pub(super) struct Crowd {
+    pub(super) batches: Batches,
     network: NetworkId,
-    guests: Vec<Guest>,
+    pub(super) guests: Vec<Guest>,
     next_id: u64,
     real: Real,
 }
 
 impl Crowd {
-    fn join(invitation: &Invitation) -> Result<Self> {
-        let keys: Vec<MachineKey> = (0..MEMBERS)
+    pub(super) fn join(invitation: &Invitation, machines: Range<u32>) -> Result<Self> {
+        let keys: Vec<MachineKey> = machines
             .map(|i| MachineKey::from_seed(*blake3::hash(&i.to_be_bytes()).as_bytes()))
             .collect();
         let mut met = None;
@@ -292,7 +330,7 @@ impl Crowd {
         Ok(())
     }
 
-    fn heartbeat(&self, at: usize) -> Request {
+    pub(super) fn heartbeat(&self, at: usize) -> Request {
         Request::Register(Register {
             port: 7_000 + at as u16 % 50_000,
             load: Load { uploads: 1, free_slots: 3, rate_kib: 1_000, capacity_kib: 100_000 },
@@ -305,7 +343,7 @@ impl Crowd {
 
     /// Asks until there is an answer, and follows what the index wants on the way. Says as well how
     /// many bytes the answer had.
-    fn ask(&mut self, at: usize, request: &Request) -> Result<(Reply, usize)> {
+    pub(super) fn ask(&mut self, at: usize, request: &Request) -> Result<(Reply, usize)> {
         for _ in 0..TRIES {
             let (id, datagram) = self.seal(at, request);
             self.batches.socket.send(&datagram)?;
@@ -328,8 +366,51 @@ impl Crowd {
         bail!("the index does not answer")
     }
 
+    /// All watch, and something changes.
+    fn tell_watchers(&mut self, contents: u32) -> Result<Told> {
+        let watch = Request::Watch(Watch { glob: "*".to_owned(), since: 0, stop: false });
+        for at in 0..self.guests.len() {
+            let (reply, _) = self.ask(at, &watch)?;
+            ensure!(matches!(reply, Reply::Ack(Ack::Watching(_))), "W was answered {reply:?}");
+        }
+        let mut waits = vec![];
+        for nth in 0..CHANGES {
+            let Request::Register(plain) = self.heartbeat(0) else { bail!("a heartbeat is an R") };
+            let items = vec![self.item(contents + nth, false)];
+            let change = Request::Register(Register { digest: [0; 16], items, ..plain });
+            let (_, datagram) = self.seal(0, &change);
+            let mut told = vec![false; self.guests.len()];
+            let mut batches = Batches::to(self.batches.socket.peer_addr()?)?;
+            std::mem::swap(&mut batches, &mut self.batches);
+            let began = Instant::now();
+            batches.socket.send(&datagram)?;
+            let mut left = told.len();
+            while left > 0 && began.elapsed() < NOTICE {
+                batches.take(true)?;
+                let now = began.elapsed().as_secs_f64() * 1e3;
+                for (_, datagram) in batches.taken() {
+                    let at = ReplyHead::decode(datagram)?.member.0 - self.guests[0].number.0;
+                    let (kind, _) = self.open(datagram)?;
+                    if kind == b'N' && !std::mem::replace(&mut told[at as usize], true) {
+                        waits.push(now);
+                        left -= 1;
+                    }
+                }
+            }
+            self.batches = batches;
+        }
+        waits.sort_by(f64::total_cmp);
+        let at = |share: f64| waits.get((waits.len() as f64 * share) as usize).copied();
+        Ok(Told {
+            p50: at(0.5).context("nobody was told")?,
+            p99: at(0.99).context("nobody was told")?,
+            last: waits.last().copied().context("nobody was told")?,
+            missing: MEMBERS * CHANGES - waits.len() as u32,
+        })
+    }
+
     /// Fresh cookies for all: one lives for a minute at least.
-    fn refresh_cookies(&mut self) -> Result<()> {
+    pub(super) fn refresh_cookies(&mut self) -> Result<()> {
         for at in 0..self.guests.len() {
             self.guests[at].cookie = [0; 16];
             self.ask(at, &self.heartbeat(at))?;
@@ -337,7 +418,7 @@ impl Crowd {
         Ok(())
     }
 
-    fn seal(&mut self, at: usize, request: &Request) -> (RequestId, Vec<u8>) {
+    pub(super) fn seal(&mut self, at: usize, request: &Request) -> (RequestId, Vec<u8>) {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         let guest = &mut self.guests[at];
@@ -387,7 +468,7 @@ impl Crowd {
 
     /// Which request a reply answers, counted from `first`. A refusal is a failure: all requests are
     /// good.
-    fn judge(&mut self, datagram: &mut [u8], first: u64) -> Result<usize> {
+    pub(super) fn judge(&mut self, datagram: &mut [u8], first: u64) -> Result<usize> {
         let nth = |bytes: &[u8]| -> Result<(u64, usize)> {
             let id = u64::from_be_bytes(*bytes.first_chunk().context("a reply is too short")?);
             Ok((id, id.wrapping_sub(first) as usize))
@@ -410,7 +491,7 @@ impl Crowd {
     }
 
     /// Requests to be sent, and the id of the first.
-    fn prepare(&mut self, count: usize, contents: u32, dice: u64) -> (u64, Requests) {
+    pub(super) fn prepare(&mut self, count: usize, contents: u32, dice: u64) -> (u64, Requests) {
         let first = self.next_id;
         let mut stream = blake3::Hasher::new().update(&dice.to_be_bytes()).finalize_xof();
         let mut all = Requests::default();

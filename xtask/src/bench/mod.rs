@@ -4,6 +4,7 @@
 mod disk;
 pub(crate) mod echo;
 mod files;
+mod flood;
 mod huge;
 mod index;
 mod limits;
@@ -64,6 +65,8 @@ enum What {
     Limits,
     /// Requests that the index answers on one core, against echoes and a BitTorrent tracker
     Index,
+    /// The same while it is attacked, and how soon 10,000 watchers are told of a change
+    Attack,
     /// All of these but the huge file
     All,
     /// A sparse file (--size): bookkeeping and memory of sharing, restarting, fetching, resuming; not
@@ -113,7 +116,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             What::Disk => disk::run(&setting)?,
             What::Limits => limits::run(&setting)?,
             What::Huge => huge::run(&setting)?,
-            What::Index | What::All => index::run(&setting, args.registrations)?,
+            What::Attack => index::run(&setting, args.registrations, true)?,
+            What::Index | What::All => index::run(&setting, args.registrations, false)?,
         }
         fs::remove_dir_all(&setting.dir)?;
     }

@@ -121,13 +121,13 @@ impl Requests {
         self.ends.len()
     }
 
-    fn get(&self, nth: usize) -> &[u8] {
+    pub(super) fn get(&self, nth: usize) -> &[u8] {
         let start = nth.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.bytes[start..self.ends[nth]]
     }
 
     /// Sends as many of these as go with one call; how many went.
-    fn send(&self, batches: &mut Batches, range: Range<usize>) -> Result<usize> {
+    pub(super) fn send(&self, batches: &mut Batches, range: Range<usize>) -> Result<usize> {
         batches.give(range.map(|nth| (None, self.get(nth))))
     }
 }
