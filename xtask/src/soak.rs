@@ -131,7 +131,7 @@ impl Row {
         self.skipped += said.matches("SKIPPED").count() as u32;
         let mut figures = if fuzzes { log.lines() } else { said.lines() };
         if let Some(figure) = figures.rfind(|line| is_figure(line, fuzzes)) {
-            self.figure = figure.trim().to_owned();
+            self.figure = own_words(figure).to_owned();
         }
         if !done.status.success() {
             self.failed += 1;
@@ -143,13 +143,20 @@ impl Row {
     }
 }
 
+/// What a test said, where the runner has begun the line.
+fn own_words(line: &str) -> &str {
+    let begun = line.strip_prefix("test ").and_then(|line| line.split_once(" ... "));
+    begun.map_or(line, |(_, said)| said).trim()
+}
+
 /// Whether a line says what was measured, and is none of the test runner's own.
 fn is_figure(line: &str, fuzzes: bool) -> bool {
     if fuzzes {
         return line.starts_with("stat::number_of_executed_units");
     }
-    let own = ["test ", "running ", "failures", "SKIPPED", "---- "];
-    !line.trim().is_empty() && !own.iter().any(|begin| line.starts_with(begin))
+    let line = own_words(line);
+    let own = ["ok", "test ", "running ", "failures", "FAILED", "SKIPPED", "---- "];
+    !line.is_empty() && !own.iter().any(|begin| line.starts_with(begin))
 }
 
 #[cfg(test)]
@@ -159,6 +166,8 @@ mod tests {
     #[test]
     fn figures_are_told_from_what_the_test_runner_says() {
         assert!(is_figure("100 deaths in 3 fetches", false));
+        assert!(is_figure("test x ... 5 calls", false));
+        assert_eq!(own_words("test x ... 5 calls"), "5 calls");
         for own in
             ["", "running 1 test", "test x ... ok", "test result: ok. 1 passed", "SKIPPED: x"]
         {
