@@ -990,6 +990,70 @@ mod tests {
         (link, index, now)
     }
 
+    /// What was registered since the last call.
+    fn registers(link: &mut Link, index: &Index) -> Vec<(RequestId, Register)> {
+        let register = |datagram: &Vec<u8>| match index.read(datagram) {
+            (_, id, Request::Register(register)) => (id, register),
+            (.., other) => panic!("{other:?}"),
+        };
+        sent(link).iter().map(register).collect()
+    }
+
+    #[test]
+    fn a_round_ends_when_all_of_it_was_heard_or_the_index_would_forget_what_was_lost() {
+        let (mut link, mut index, now) = standing();
+        (1..=60).for_each(|n| link.share(now, item(n)));
+        link.tick(now + GATHER);
+        let mut under_way: std::collections::VecDeque<_> = registers(&mut link, &index).into();
+        assert!(under_way.len() > 1);
+        let (mut repeat_all, mut ended) = (true, false);
+        while let Some((id, register)) = under_way.pop_front() {
+            ended |= register.round_ends;
+            let mut answer = index.registered(id, std::mem::take(&mut repeat_all));
+            link.on_datagram(now + GATHER, &mut answer);
+            let more = registers(&mut link, &index);
+            let ends = more.iter().any(|(_, register)| register.round_ends);
+            assert!(!ends || (under_way.is_empty() && more.len() == 1), "others are under way");
+            under_way.extend(more);
+        }
+        assert!(ended);
+    }
+
+    #[test]
+    fn a_digest_is_sent_only_when_the_index_can_have_heard_of_everything() {
+        let (mut link, mut index, now) = standing();
+        link.share(now, item(1));
+        link.tick(now + GATHER);
+        let said = registers(&mut link, &index);
+        let [(id, first)] = &said[..] else { panic!("{said:?}") };
+        assert_eq!((first.items.len(), first.digest), (1, [0; 16]), "it is on its way");
+        link.on_datagram(now + GATHER, &mut index.registered(*id, false));
+        link.tick(now + Duration::from_secs(31));
+        let said = registers(&mut link, &index);
+        let [(_, beat)] = &said[..] else { panic!("{said:?}") };
+        assert_eq!((beat.items.len(), beat.digest), (0, digest_of(&item(1)).to_le_bytes()));
+    }
+
+    #[test]
+    fn a_watch_begins_anew_with_an_index_that_was_restarted() {
+        let (mut link, mut index, now) = standing();
+        link.watch(now, "*".to_owned());
+        link.tick(now);
+        let watch = sent(&mut link).pop().expect("it watches");
+        let (_, id, _) = index.read(&watch);
+        let watching = Watching { lease_s: 90, sequence: 500, missed: false };
+        link.on_datagram(now, &mut index.reply(id, &Reply::Ack(Ack::Watching(watching))));
+        assert!(outputs(&mut link).contains(&Output::Relist));
+        link.ask(now, list());
+        let (_, id, _) = index.read(&sent(&mut link)[0]);
+        index.boot = 2;
+        let refusal = Refusal { code: Code::NotFound, text: String::new(), cookie: None };
+        link.on_datagram(now, &mut index.reply(id, &Reply::Error(refusal)));
+        let watch = sent(&mut link).pop().expect("it watches again");
+        let (.., Request::Watch(watch)) = index.read(&watch) else { panic!("no watch") };
+        assert_eq!(watch.since, 0, "its changes are counted anew");
+    }
+
     #[test]
     fn an_index_that_answers_again_is_not_taken_for_silent_because_of_what_was_asked_before() {
         // Seen in the simulation of everything: of several questions that had waited for an index that was

@@ -43,9 +43,9 @@ pub(crate) struct Args {
     /// prints the table of docs/mutants.md
     #[arg(long)]
     mutants: bool,
-    /// Only the mutants whose description contains this
+    /// Only the mutants of this machine, or whose description contains this (repeat it)
     #[arg(long, requires = "mutants")]
-    only: Option<String>,
+    only: Vec<String>,
     /// Run the worlds and say how each went, for the process that started this one
     #[arg(long, hide = true)]
     work: bool,
@@ -67,7 +67,7 @@ struct Outcome {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.mutants {
-        return mutants::run(args.only.as_deref());
+        return mutants::run(&args.only);
     }
     if args.work {
         work(args);

@@ -115,16 +115,17 @@ const MUTANTS: &[Mutant] = &[
     mutant("sharing", "sharing/grants.rs", "one reader is granted pieces, and several help themselves", "lacking.take(2).count() == 2);", "lacking.take(2).count() == if $on { 1 } else { 2 });"),
 ];
 
-/// Prints a table of all mutants (or of those whose description contains `only`) and of what noticed
+/// Prints a table of all mutants (or of those that `only` means) and of what noticed
 /// each; fails where one was not noticed.
-pub(super) fn run(only: Option<&str>) -> Result<()> {
+pub(super) fn run(only: &[String]) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize()?;
     let copy = root.join("target/mutants");
     break_copy(&root, &copy)?;
     let tests = build(&root, &copy)?;
     let noticed = test(&tests, None, &[])?;
     ensure!(noticed.is_none(), "without any mutant, a test fails: {}", noticed.unwrap_or_default());
-    let chosen = |m: &Mutant| only.is_none_or(|only| m.what.contains(only) || m.machine == only);
+    let meant = |m: &Mutant, only: &String| m.what.contains(only) || m.machine == only;
+    let chosen = |m: &Mutant| only.is_empty() || only.iter().any(|only| meant(m, only));
     let mut table = Table::new(&["machine", "broken: what it does then", "noticed by"]);
     let mut missed = 0;
     for (number, mutant) in MUTANTS.iter().enumerate().filter(|(_, m)| chosen(m)) {

@@ -613,3 +613,49 @@ fn what_a_reader_that_goes_in_the_middle_leaves_is_room_for_others() {
         sharing.check();
     }
 }
+
+#[test]
+fn one_member_has_only_so_many_pieces_waiting_even_where_nobody_else_reads() {
+    let layout = Arc::new(Layout::new(vec![1; 5_000]).unwrap());
+    let (mut sharing, now) = (Sharing::new(1), Moment::ZERO);
+    sharing.add(0, Arc::clone(&layout), &Bitfield::all(layout.pieces()), false);
+    sharing.on_host(now, Host(1), PeerId([1; 32]));
+    sharing.on_open(now, Host(1), 0);
+    let all: Vec<Piece> = (0..5_000).map(Piece).collect();
+    sharing.on_want(now, Host(1), 0, &all);
+    sharing.check();
+    let busy = std::iter::from_fn(|| sharing.poll_output()).map(|output| match output {
+        Output::Busy { pieces, .. } => pieces.len(),
+        _ => 0,
+    });
+    assert_eq!(busy.sum::<usize>(), 5_000 - MOST_WAITING);
+}
+
+#[test]
+fn what_a_reader_declined_is_granted_again_after_a_while() {
+    let layout = Arc::new(Layout::new([1_000]).unwrap());
+    let mut sharing = Sharing::new(1);
+    sharing.add(0, Arc::clone(&layout), &Bitfield::all(1), true);
+    for n in [1, 2] {
+        sharing.on_host(Moment::ZERO, Host(n), PeerId([n as u8; 32]));
+        sharing.on_open(Moment::ZERO, Host(n), 0);
+    }
+    let granted = |sharing: &mut Sharing| -> Vec<Host> {
+        let host = |output| match output {
+            Output::Grant { host, .. } => Some(host),
+            _ => None,
+        };
+        std::iter::from_fn(|| sharing.poll_output()).filter_map(host).collect()
+    };
+    // Nobody else has it: it is offered to both in turn, and after a while to each of them again.
+    let mut declined = 0;
+    for now in (0..200).map(|n| ms(n * 50)) {
+        sharing.tick(now);
+        sharing.check();
+        for host in granted(&mut sharing) {
+            declined += 1;
+            sharing.on_cancel(now, host, 0, &[Piece(0)]);
+        }
+    }
+    assert!(declined > 2, "granted {declined} times to two readers");
+}

@@ -33,7 +33,7 @@ const COMING: Duration = Duration::from_secs(3);
 /// After so many Busy in a row a host is believed to take twice as long as it seems, and so on, …
 const BUSIES_TO_DOUBT: u32 = 8;
 /// … so often at most.
-const MOST_DOUBTS: u32 = 8;
+const MOST_DOUBTS: u32 = 16;
 /// What a first answer may take, besides the piece's bytes at [`FIRST_RATE`].
 const FIRST_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes a second that are expected of a host that was never measured.

@@ -96,10 +96,12 @@ fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_asks_a_slow_on
         w.swarm.on_have_more(ms(503), Host(1), &[Piece(3)]);
         w.said.clear();
         let mut asked = vec![];
-        for now in (504..3_000).step_by(5).map(ms) {
-            for busy in [2, 3] {
-                let pieces: Vec<Piece> = w.swarm.asked_of(Host(busy));
-                w.swarm.on_busy(now, Host(busy), &pieces, Duration::from_millis(10));
+        for now in (504..6_000).step_by(15).map(ms) {
+            // One after the other: whenever one says Busy, the wait of the other is over.
+            let busy = [2, 3].into_iter().find(|n| !w.swarm.asked_of(Host(*n)).is_empty());
+            if let Some(busy) = busy.map(Host) {
+                let pieces = w.swarm.asked_of(busy);
+                w.swarm.on_busy(now, busy, &pieces, Duration::from_millis(10));
                 w.listen();
             }
             w.tick(now);
