@@ -8,7 +8,7 @@ mod common;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
-use std::process::{Child, Stdio};
+use std::process::{Child, ChildStdin, Stdio};
 use std::time::Duration;
 
 use common::{Machine, Under, made_up, potluck, until};
@@ -110,6 +110,8 @@ fn hosts(n: u32) -> Request {
 /// An index with its stderr to be read.
 struct Spoken {
     child: Child,
+    /// It ends when this does; waiting for the child would close it, were it there.
+    _leash: Option<ChildStdin>,
     stderr: BufReader<std::process::ChildStderr>,
     invitation: String,
 }
@@ -130,7 +132,7 @@ impl Spoken {
             panic!("{line}");
         };
         let stderr = BufReader::new(child.stderr.take().unwrap());
-        Self { child, stderr, invitation }
+        Self { _leash: child.stdin.take(), child, stderr, invitation }
     }
 
     fn is_told(&self, signal: Signal) {
