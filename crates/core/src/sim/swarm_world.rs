@@ -1,5 +1,5 @@
 //! Owns a world of peers that fetch and serve contents over links of given speed and delay, with the
-//! real [`Swarm`] and [`Sharing`] in every one of them. Never moves a byte: pieces are numbers here.
+//! real `Swarm` and `Sharing` in every one of them. Never moves a byte: pieces are numbers here.
 //!
 //! A connection is one socket each way: a bounded send buffer, filled chunk by chunk. An uplink sends
 //! the chunks of its sockets in turn, a downlink takes them in as they come; what is said besides
