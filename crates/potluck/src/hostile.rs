@@ -537,3 +537,51 @@ fn a_host_that_offers_without_end_before_its_list_of_pieces_is_left() {
     });
     assert_eq!(index_lists, 1, "and it goes on with its work");
 }
+
+/// Whoever opened what was not known here yet was refused, and both looked for each other again a
+/// second later.
+#[test]
+fn who_opens_what_is_not_known_here_yet_is_answered_once_it_is() {
+    let scene = Scene::new(1 << 20, 1 << 20);
+    let (first, other) = (Foe::join(&scene.net, 1), Foe::join(&scene.net, 2));
+    let id = scene.of.id;
+    scene.alice.unshare(&id.to_string()).unwrap();
+    first.registers(scene.of.item()).unwrap();
+    let download = scene.bob.get(&id.to_string(), scene.net.dir.path().join("copy")).unwrap();
+    let (socket, _) = first.listener.accept().unwrap();
+    let mut host = Puppet::answer_as(socket, &first.key, &first.session.certificate);
+    let channel = host.hear(|frame| match frame {
+        Frame::Open(channel, _) => channel,
+        other => panic!("{other:?}"),
+    });
+
+    let mut reader = other.dial(&scene.bob);
+    reader.say(&Frame::Open(ours(1), id));
+    reader.say(&Frame::Open(ours(2), ContentId::file([7; 32])));
+    let refused = |frame: Frame<'_>| match frame {
+        Frame::Close(closed) => {
+            assert_eq!(closed, ours(2), "only what it knows nothing of");
+            true
+        }
+        frame => {
+            assert!(!matches!(frame, Frame::Opened { .. }), "{frame:?}");
+            false
+        }
+    };
+    while !reader.hear(refused) {}
+
+    let (size, proof) = (scene.of.bytes.len() as u64, scene.of.proof.len() as u32);
+    host.say(&Frame::Opened { channel, size, manifest: 0, proof });
+    host.say(&Frame::Have(channel, Bitfield::all(scene.of.layout.pieces())));
+    while !host.hear(|frame| matches!(frame, Frame::WantMeta(_))) {}
+    host.say(&Frame::Meta(channel, &scene.of.proof));
+    let opened = |frame: Frame<'_>| match frame {
+        Frame::Opened { channel, .. } => channel == ours(1),
+        frame => {
+            assert!(!matches!(frame, Frame::Close(_)), "{frame:?}");
+            false
+        }
+    };
+    while !reader.hear(opened) {}
+    drop(download);
+}
