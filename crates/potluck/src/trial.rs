@@ -2,42 +2,46 @@
 //! shipped.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::store::{Replica, Store, trial as disk};
 use crate::transfer::trial as wire;
 
-/// A folder of this process in memory, where there is one; emptied.
-fn room(name: &str) -> PathBuf {
+/// A folder that nobody else has, other threads included; in memory, where that is possible.
+fn room() -> PathBuf {
+    static MADE: AtomicU32 = AtomicU32::new(0);
     let memory = Path::new("/dev/shm");
     let base = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-    let room = base.join(format!("potluck-trial-{}-{name}", std::process::id()));
+    let nth = MADE.fetch_add(1, Ordering::Relaxed);
+    let room = base.join(format!("potluck-trial-{}-{nth}", std::process::id()));
+    // What a process of the same number once left there.
     let _ = std::fs::remove_dir_all(&room);
     std::fs::create_dir_all(&room).expect("room to try things in");
     room
 }
 
-fn in_room(name: &str, work: impl FnOnce(&Path)) {
-    let room = room(name);
+fn in_room(work: impl FnOnce(&Path)) {
+    let room = room();
     work(&room);
     let _ = std::fs::remove_dir_all(room);
 }
 
 /// See [`disk::journal`].
 pub fn journal(script: &[u8]) {
-    in_room("journal", |room| disk::journal(room, script));
+    in_room(|room| disk::journal(room, script));
 }
 
 /// See [`disk::folder`].
 pub fn folder(manifest: &[u8]) {
-    in_room("folder", |room| disk::folder(room, manifest));
+    in_room(|room| disk::folder(room, manifest));
 }
 
 /// See [`wire::connection`].
 pub fn connection(script: &[u8]) {
     static CONTENTS: OnceLock<(Store, Arc<Replica>, Store, Arc<Replica>)> = OnceLock::new();
     let (_, whole, _, growing) = CONTENTS.get_or_init(|| {
-        let room = room("connection");
+        let room = room();
         let (one, _) = Store::open(&room.join("one")).expect("a store");
         let whole = disk::share(&one, &room.join("shared"));
         let (two, _) = Store::open(&room.join("two")).expect("a store");
