@@ -41,8 +41,13 @@ const MOST_BUSY: Duration = Duration::from_secs(5);
 /// A granting host that grants and sends nothing for so long is asked like any other, once there is
 /// nothing else to wait for. A seed with many readers and large pieces may well take longer.
 const GRANTS_LAPSE: Duration = Duration::from_secs(2);
-/// Pieces are announced at once, but no more often than this: then together.
+/// Pieces are announced at once, but no more often than this: then together. …
 const ANNOUNCE: Duration = Duration::from_millis(10);
+/// … To tell a host of something costs about 170 bytes, headers and acknowledgement included, and
+/// wakes it up: so much is to come in for each host that is told, for a hundredth of the line …
+const ANNOUNCE_EACH: u64 = 16 << 10;
+/// … unless that takes longer than this.
+const ANNOUNCE_MOST: Duration = Duration::from_millis(100);
 /// In the endgame it is looked again at who lags, so often.
 const ENDGAME: Duration = Duration::from_millis(20);
 /// After our disk failed, nothing is asked for so long.
@@ -681,7 +686,8 @@ impl Swarm {
     }
 
     fn announce(&mut self, now: Moment) {
-        self.announce_at = now + ANNOUNCE;
+        let due = self.pace.time_for(self.hosts.len() as u64 * ANNOUNCE_EACH).unwrap_or_default();
+        self.announce_at = now + due.clamp(ANNOUNCE, ANNOUNCE_MOST);
         self.outputs.push_back(Output::Announce(std::mem::take(&mut self.news)));
     }
 
