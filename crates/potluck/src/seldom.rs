@@ -1,26 +1,39 @@
-//! Owns how often the same thing is logged: what a stranger can make happen must not fill a disk.
+//! Owns how often the same thing is said: what a stranger can make happen must not fill a disk with
+//! lines, nor what goes fast a reader with progress.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use potluck_core::time::Moment;
 
-/// Between two lines about the same.
+/// Between two lines of a log about the same.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// A line that is written now and then, however often there is reason to.
-#[derive(Default)]
+/// What is said now and then, however often there is reason to.
+#[derive(Debug)]
 pub(crate) struct Seldom {
-    /// When it may be written again, in µs.
+    every: Duration,
+    /// When it may be said again, in µs.
     next_us: AtomicU64,
     left_out: AtomicU64,
 }
 
+impl Default for Seldom {
+    fn default() -> Self {
+        Self::every(EVERY)
+    }
+}
+
 impl Seldom {
-    /// Whether to write it now, and how many were left out since the last.
+    /// At once, and then no more often than this.
+    pub(crate) const fn every(every: Duration) -> Self {
+        Self { every, next_us: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+    }
+
+    /// Whether to say it now, and how many were left out since the last.
     pub(crate) fn now(&self, now: Moment) -> Option<u64> {
         let next = self.next_us.load(Ordering::Relaxed);
-        let then = (now + EVERY).as_micros();
+        let then = (now + self.every).as_micros();
         let order = Ordering::Relaxed;
         if now.as_micros() < next
             || self.next_us.compare_exchange(next, then, order, order).is_err()

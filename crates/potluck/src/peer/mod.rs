@@ -24,10 +24,12 @@ use potluck_core::id::PeerId;
 use potluck_core::limit::Limit;
 use tracing::{error, warn};
 
+use crate::clock;
 use crate::control::{Event, Request};
 use crate::daemon::{self, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::spawn;
+use crate::seldom::Seldom;
 use crate::signals::stop_on_signals;
 use crate::state::StateDir;
 use crate::store::Store;
@@ -42,6 +44,8 @@ const INBOX: usize = 1_024;
 const EVENTS: usize = 4_096;
 /// Events waiting for whoever asked; one that reads nothing for so long is taken for gone.
 const REPLIES: usize = 1_024;
+/// Progress is told of at once, and then no more often than this: nobody reads faster.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// How often it is looked whether whoever asked is still there.
 const GONE_EVERY: Duration = Duration::from_millis(200);
 /// How long a stopping engine may take to say goodbye to the index and its peers.
@@ -97,13 +101,16 @@ pub(crate) struct Replies {
     events: Sender<Event>,
     /// Alive as long as somebody reads.
     reader: Weak<()>,
+    progress: Arc<Seldom>,
 }
 
 impl Replies {
-    /// Sends one; false when nobody listens any more. Progress is left out where the reader is
-    /// behind, so that there is always room for a result.
+    /// Sends one; false when nobody listens any more. Progress is left out where it was told of just
+    /// now or the reader is behind: a result is not to wait until that was read.
     pub(crate) fn send(&self, event: Event) -> bool {
-        if event.is_progress() && self.events.len() > REPLIES / 4 {
+        if event.is_progress()
+            && (!self.events.is_empty() || self.progress.now(clock::now()).is_none())
+        {
             return !self.is_gone();
         }
         self.events.try_send(event).is_ok()
@@ -266,7 +273,11 @@ impl Hands {
         }
         let watches = matches!(request, Request::Watch { .. });
         let reader = Arc::new(());
-        let replies = Replies { events: replies, reader: Arc::downgrade(&reader) };
+        let replies = Replies {
+            events: replies,
+            reader: Arc::downgrade(&reader),
+            progress: Arc::new(Seldom::every(PROGRESS_EVERY)),
+        };
         if self.inbox.send_timeout(Input::Request { request, replies }, FAREWELL).is_err() {
             emit(Event::failed(&stopping()));
             return;
