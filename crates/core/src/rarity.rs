@@ -164,9 +164,17 @@ impl Rarity {
         }
     }
 
-    /// The rarest piece on offer among these; ties by dice.
-    pub(crate) fn rarest(&self, among: &PieceSet, dice: &mut Dice) -> Option<Piece> {
-        self.levels.iter().find_map(|level| level.meet(among, dice))
+    /// The rarest piece on offer among these. Of several it is `liked`, else ties fall by dice.
+    pub(crate) fn rarest(
+        &self,
+        among: &PieceSet,
+        liked: Option<Piece>,
+        dice: &mut Dice,
+    ) -> Option<Piece> {
+        let liked = liked.filter(|piece| among.has(*piece));
+        self.levels.iter().find_map(|level| {
+            liked.filter(|piece| level.has(*piece)).or_else(|| level.meet(among, dice))
+        })
     }
 }
 
@@ -224,9 +232,15 @@ mod tests {
             let mut odd = PieceSet::none(200);
             (0..200).filter(|p| p % 2 == 1).for_each(|p| { odd.insert(Piece(p)); });
             let best = offered.iter().filter(|p| *p % 2 == 1).map(|p| copies[*p as usize].min(15)).min();
-            let found = rarity.rarest(&odd, &mut Dice(seed));
-            prop_assert_eq!(found.map(|p| rarity.copies(p).min(15)), best);
-            prop_assert!(found.is_none_or(|p| rarity.is_offered(p) && odd.has(p)));
+            for liked in (0..210).map(Piece).map(Some).chain([None]) {
+                let found = rarity.rarest(&odd, liked, &mut Dice(seed));
+                prop_assert_eq!(found.map(|p| rarity.copies(p).min(15)), best);
+                prop_assert!(found.is_none_or(|p| rarity.is_offered(p) && odd.has(p)));
+                if let Some(p) = liked && odd.has(p) && rarity.is_offered(p) {
+                    let is_rarest = Some(rarity.copies(p).min(15)) == best;
+                    prop_assert_eq!(found == liked, is_rarest);
+                }
+            }
         }
     }
 
@@ -239,7 +253,7 @@ mod tests {
         }
         let mut dice = Dice(3);
         let picks: BTreeSet<Piece> =
-            (0..500).filter_map(|_| rarity.rarest(&all, &mut dice)).collect();
+            (0..500).filter_map(|_| rarity.rarest(&all, None, &mut dice)).collect();
         assert!(picks.len() > 350, "{} different picks of 500", picks.len());
     }
 }

@@ -745,7 +745,9 @@ impl Swarm {
             }
             while let Some(host) = self.freest(now) {
                 let Some(n) = self.hosts.get(&host) else { break };
-                let Some(piece) = self.rarity.rarest(&n.open, &mut self.dice) else { break };
+                let Some(piece) = self.rarity.rarest(&n.open, n.following, &mut self.dice) else {
+                    break;
+                };
                 self.ask(now, host, piece);
             }
             if let Some((host, piece)) = self.granted_before(now) {
@@ -818,7 +820,9 @@ impl Swarm {
             return None;
         }
         self.hosts.iter().filter(|(_, n)| n.grants.is_some() && n.is_ready(now)).find_map(
-            |(host, n)| Some((*host, self.rarity.rarest(n.declined.as_ref()?, &mut self.dice)?)),
+            |(host, n)| {
+                Some((*host, self.rarity.rarest(n.declined.as_ref()?, None, &mut self.dice)?))
+            },
         )
     }
 

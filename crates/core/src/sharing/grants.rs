@@ -345,7 +345,7 @@ impl Grants {
             let idle = outflow.idle && self.open == 0;
             let Some(peer) = self.next_reader(now, outflow, idle, &grants) else { break };
             let Some(reader) = self.readers.get_mut(&peer) else { break };
-            let Some(piece) = self.rarity.rarest(&reader.lacks, dice) else { break };
+            let Some(piece) = self.rarity.rarest(&reader.lacks, None, dice) else { break };
             reader.lacks.remove(piece);
             reader.grants.insert(piece, Grant { stage: Stage::Granted, since: now });
             reader.last = now;

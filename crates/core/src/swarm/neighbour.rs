@@ -68,6 +68,8 @@ pub(super) struct Neighbour {
     /// What it was asked for, in that order, which is the order it answers in.
     asked: VecDeque<Asked>,
     asked_bytes: u64,
+    /// The piece behind the last that it was asked for: its disk reads on there, and ours writes.
+    pub(super) following: Option<Piece>,
     /// The first of `asked` has had the host to itself since then.
     turn: Moment,
     /// When it last showed that it is there, …
@@ -97,6 +99,7 @@ impl Neighbour {
             given: 0,
             asked: VecDeque::new(),
             asked_bytes: 0,
+            following: None,
             turn: Moment::ZERO,
             sign: None,
             coming: None,
@@ -145,6 +148,7 @@ impl Neighbour {
         }
         self.asked.push_back(Asked { piece, bytes, at: now });
         self.asked_bytes += u64::from(bytes);
+        self.following = piece.0.checked_add(1).map(Piece);
     }
 
     /// A piece came. True if it had been asked for (and not taken back).
