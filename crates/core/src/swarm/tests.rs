@@ -244,6 +244,30 @@ fn a_piece_that_does_not_come_is_asked_of_another_and_the_late_host_is_left_alon
 }
 
 #[test]
+fn what_a_host_stands_still_with_is_made_up_for_after_two_of_its_usual_times() {
+    let mut w = Watched::new(2_000);
+    (1..=2).for_each(|host| w.host_with(ms(0), host, 0..2_000));
+    let mut asked = [VecDeque::new(), VecDeque::new()];
+    let mut step = |w: &mut Watched, at: u64, answering: &[usize]| {
+        w.tick(ms(at));
+        for host in 0..2 {
+            asked[host].extend(w.asked(host as u32 + 1));
+            if answering.contains(&host)
+                && at % 100 == 0
+                && let Some(piece) = asked[host].pop_front()
+            {
+                w.arrives(ms(at), host as u32 + 1, piece);
+            }
+        }
+        asked[1].len()
+    };
+    // One every 100 ms of each; then the first stands still.
+    let usual = (0..3_000).map(|at| step(&mut w, at, &[0, 1])).skip(2_000).max().unwrap_or(0);
+    let since = (3_000..4_000).find(|at| step(&mut w, *at, &[1]) > usual);
+    assert!(since.is_some_and(|at| at <= 2_900 + 200 + 100), "{usual} until {since:?}");
+}
+
+#[test]
 fn a_piece_behind_others_is_not_late_as_long_as_those_come() {
     let mut w = Watched::new(8);
     w.host_with(ms(0), 1, 0..8);
