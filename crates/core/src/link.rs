@@ -172,7 +172,9 @@ impl std::fmt::Debug for Keys {
 
 impl Drop for Keys {
     fn drop(&mut self) {
-        self.boot.as_mut().map(|(_, key)| key.zeroize());
+        if let Some((_, key)) = &mut self.boot {
+            key.zeroize();
+        }
     }
 }
 

@@ -221,7 +221,7 @@ fn settings_are_read_again_at_sighup_and_a_bad_file_changes_nothing() {
     let invitation: Invitation = index.invitation.parse().unwrap();
     let join = |seed| testing::session(&MachineKey::from_seed([seed; 32]), &invitation);
     join(1).unwrap();
-    let full = join(2).err().expect("it is refused");
+    let full = join(2).expect_err("it is refused");
     assert!(full.message.contains("as many members as it may"), "{full}");
     fs::write(&config, "members = 2").unwrap();
     index.is_told(Signal::HUP);
@@ -230,7 +230,7 @@ fn settings_are_read_again_at_sighup_and_a_bad_file_changes_nothing() {
     fs::write(&config, "members = 20\nmembres = 30").unwrap();
     index.is_told(Signal::HUP);
     index.logs("line 2: there is no setting membres");
-    let full = join(3).err().expect("it is refused");
+    let full = join(3).expect_err("it is refused");
     assert!(full.message.contains("as many members as it may"), "{full}");
 
     // One that is wrong from the start is no start.
@@ -278,7 +278,7 @@ fn an_index_whose_disk_is_full_serves_from_memory_says_so_and_recovers() {
     assert!(get(at, "/metrics").contains("\npotluck_index_journal_healthy 0\n"));
     let stranger: Invitation = index.invitation().parse().unwrap();
     let refused =
-        testing::session(&MachineKey::from_seed([1; 32]), &stranger).err().expect("it is refused");
+        testing::session(&MachineKey::from_seed([1; 32]), &stranger).expect_err("it is refused");
     assert!(refused.message.contains("cannot write its state"), "{refused}");
     alice.shares("song", &made_up(50_000));
     assert!(alice.lists().iter().any(|row| row.name.as_deref() == Some("song")));
