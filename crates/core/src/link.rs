@@ -8,10 +8,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use zeroize::Zeroize;
+
 use crate::dice::Dice;
 use crate::fault::{Backoff, Fault};
 use crate::id::{ContentId, RequestId};
-use crate::seal::{ReplyHead, RequestHead, SessionKeys, open, seal_request};
+use crate::seal::{ReplyHead, RequestHead, open, seal_request};
 use crate::time::{Duration, Moment};
 use crate::wire::datagram::{
     Ack, Code, ITEMS_ROOM, Item, Load, Notice, Refusal, Register, Registered, Reply, Request, Row,
@@ -37,12 +39,21 @@ const PATIENCE: Duration = Duration::from_secs(14);
 const KEYLESS_PATIENCE: Duration = Duration::from_secs(3);
 /// Fetching keys is tried again after this, at first and at most.
 const SESSION_WAITS: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// Keys that are said to hold for less are kept for so long: an index may not have them fetched without
+/// pause.
+const SHORTEST_SESSION: Duration = Duration::from_secs(60);
+/// A machine that was removed asks so often whether it is one of the members again.
+const REMOVED_WAIT: Duration = Duration::from_secs(60);
+/// Cookies that one question is repeated for at once.
+const MAX_COOKIES: u32 = 3;
 /// Shares are gathered for so long before they are sent: one datagram carries many.
 const GATHER: Duration = Duration::from_millis(2);
 /// How often the index hears how much of a growing content is here.
 const HELD_EVERY: Duration = Duration::from_secs(1);
 /// How often a watch is renewed; it lapses after three times that.
 const WATCH_EVERY: Duration = Duration::from_secs(30);
+/// It is renewed no more often, whatever the index says.
+const WATCH_SELDOM: Duration = Duration::from_secs(1);
 
 /// What the owner must do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +129,8 @@ pub struct Link {
     desk: Desk,
     desk_waits: Backoff,
     reachable: bool,
+    /// The index says that this machine is no member any more.
+    removed: bool,
     revocations: u32,
     smoothed_rtt: Option<Duration>,
     questions: BTreeMap<RequestId, Question>,
@@ -144,7 +157,6 @@ pub struct Link {
 /// The session in use.
 struct Keys {
     session: Session,
-    keys: SessionKeys,
     counter: u64,
     cookie: [u8; 16],
     renew_at: Moment,
@@ -155,6 +167,14 @@ struct Keys {
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Keys({:?}, epoch {})", self.session.member, self.session.epoch)
+    }
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        if let Some((_, key)) = &mut self.boot {
+            key.zeroize();
+        }
     }
 }
 
@@ -200,6 +220,7 @@ struct Question {
     asked: Moment,
     sent: Option<Moment>,
     tries: u32,
+    cookies: u32,
     next: Moment,
     wait: Backoff,
 }
@@ -229,6 +250,7 @@ impl Link {
             desk: Desk::Idle,
             desk_waits: Backoff::new(SESSION_WAITS.0, SESSION_WAITS.1),
             reachable: false,
+            removed: false,
             revocations: 0,
             smoothed_rtt: None,
             questions: BTreeMap::new(),
@@ -260,20 +282,20 @@ impl Link {
     /// New keys: what waits is sent with them, and the index is told at once where this peer is.
     pub fn on_session(&mut self, now: Moment, session: Session) {
         self.heartbeat = Duration::from_secs(u64::from(session.heartbeat_s.max(1)));
-        let keys =
-            SessionKeys { to_index: session.key_to_index, from_index: session.key_from_index };
         // Three quarters of its life: there is time to try again before it ends.
-        let renew_at = now + Duration::from_secs(u64::from(session.valid_s)) * 3 / 4;
+        let life = Duration::from_secs(u64::from(session.valid_s)).max(SHORTEST_SESSION);
+        let renew_at = now + life * 3 / 4;
         if let Some(list) = &session.revocations {
             self.revocations = self.revocations.max(list.version);
         }
-        self.keys = Some(Keys { session, keys, counter: 0, cookie: [0; 16], renew_at, boot: None });
+        self.keys = Some(Keys { session, counter: 0, cookie: [0; 16], renew_at, boot: None });
         self.desk = Desk::Idle;
+        self.removed = false;
         self.desk_waits = Backoff::new(SESSION_WAITS.0, SESSION_WAITS.1);
         self.next_heartbeat = now;
         for question in self.questions.values_mut() {
             question.next = now;
-            question.tries = 0;
+            (question.tries, question.cookies) = (0, 0);
             question.wait = backoff(self.smoothed_rtt);
         }
         self.tick(now);
@@ -294,7 +316,9 @@ impl Link {
         // Up to half as much again, so that a thousand peers do not come back in one moment.
         let jitter = self.dice.below(wait.as_micros() as u64 / 2 + 1);
         self.desk = Desk::RetryAt(now + wait + Duration::from_micros(jitter));
-        self.lose();
+        if self.keys.is_none() {
+            self.lose(); // with keys it may answer well, and give none that are any good
+        }
         // Neither desk nor UDP answers: who waited a while is told.
         let keyless = self.keys.is_none();
         self.give_up(|question| {
@@ -303,8 +327,37 @@ impl Link {
         });
     }
 
+    /// The desk says that this machine was removed from the network: nothing is asked or told any more,
+    /// but seldom whether that is still so.
+    pub fn on_removed(&mut self, now: Moment) {
+        (self.removed, self.keys, self.reachable) = (true, None, false);
+        self.gone.clear();
+        self.desk = Desk::RetryAt(now + REMOVED_WAIT);
+        for (id, question) in std::mem::take(&mut self.questions) {
+            match question.purpose {
+                Purpose::Owner => {
+                    let result = Err(LinkError::Refused(removed()));
+                    self.outputs.push_back(Output::Answered { id, result });
+                }
+                Purpose::Register(ids) => self.say_again(ids),
+                Purpose::Deregister(_) => {} // it hosts nothing any more
+                Purpose::Watch => {
+                    if let Some(watch) = &mut self.watch {
+                        watch.asked = false;
+                    }
+                }
+            }
+        }
+    }
+
     /// Asks the index something; [`Output::Answered`] follows in any case.
     pub fn ask(&mut self, now: Moment, request: Request) -> RequestId {
+        if self.removed {
+            let id = self.request_id();
+            let result = Err(LinkError::Refused(removed()));
+            self.outputs.push_back(Output::Answered { id, result });
+            return id;
+        }
         if self.questions.len() >= MAX_QUESTIONS {
             let id = self.request_id();
             self.outputs.push_back(Output::Answered { id, result: Err(LinkError::TooMany) });
@@ -316,6 +369,10 @@ impl Link {
     /// Keeps `item` registered from now on; said again, it replaces what was said of that content.
     pub fn share(&mut self, now: Moment, item: Item) {
         let (id, digest) = (item.id, digest_of(&item));
+        if self.removed {
+            self.forget(id);
+            return self.outputs.push_back(Output::Refused(id, removed()));
+        }
         self.gone.remove(&id);
         self.grown.remove(&id);
         let share = Share { item, digest, tell: true };
@@ -343,7 +400,7 @@ impl Link {
 
     /// Keeps a content registered no longer.
     pub fn withdraw(&mut self, now: Moment, id: ContentId) {
-        if self.forget(id) {
+        if self.forget(id) && !self.removed {
             self.gone.insert(id);
             self.gather(now);
         }
@@ -381,7 +438,7 @@ impl Link {
             return;
         }
         let known = keys.boot.filter(|(boot, _)| *boot == head.boot).map(|(_, key)| key);
-        let key = known.unwrap_or_else(|| keys.keys.reply_key(head.boot));
+        let key = known.unwrap_or_else(|| keys.session.keys.reply_key(head.boot));
         let Some(plaintext) = open(&key, head.counter, datagram) else { return };
         let rebooted = keys.boot.is_some_and(|(boot, _)| boot != head.boot);
         if head.kind == b'N' {
@@ -504,8 +561,9 @@ impl Link {
     fn question(&mut self, now: Moment, request: Request, purpose: Purpose) -> RequestId {
         let id = self.request_id();
         let wait = backoff(self.smoothed_rtt);
+        let (sent, tries, cookies) = (None, 0, 0);
         let question =
-            Question { request, purpose, asked: now, sent: None, tries: 0, next: now, wait };
+            Question { request, purpose, asked: now, sent, tries, cookies, next: now, wait };
         self.questions.insert(id, question);
         if self.keys.is_some() {
             self.send_due(now);
@@ -587,14 +645,19 @@ impl Link {
                 if let Some(keys) = &mut self.keys {
                     keys.cookie = cookie;
                 }
-                question.next = now;
-                question.tries = question.tries.saturating_sub(1);
+                question.cookies += 1;
+                if question.cookies <= MAX_COOKIES {
+                    question.next = now;
+                    question.tries = question.tries.saturating_sub(1);
+                }
                 self.questions.insert(id, question);
             }
             Reply::Error(Refusal { code: Code::SessionOver, .. }) => {
                 question.next = now + LONGEST_WAIT;
                 self.questions.insert(id, question);
-                self.need_session();
+                if matches!(self.desk, Desk::Idle) {
+                    self.need_session();
+                }
             }
             Reply::Error(Refusal { code: Code::TooFast, .. }) if question.tries < MAX_TRIES => {
                 question.next = now + LONGEST_WAIT;
@@ -764,19 +827,21 @@ impl Link {
             || self.round.is_some()
             || self.batches() > 0;
         let digest = if on_their_way { 0 } else { self.digest };
-        // Who shares nothing says so with a whole round in one: what an earlier run left is forgotten.
-        let nothing = self.shares.is_empty() && !on_their_way;
+        // Who shares nothing says so with a whole round in one: what an earlier run left is forgotten. What
+        // is shared before that was heard belongs to the round: else it would be forgotten where the
+        // end of the round is lost, and said again after the share was acknowledged.
+        if self.shares.is_empty() && !on_their_way {
+            let number = self.dice.next() as u32 | 1;
+            self.round = Some(Round { number, left: BTreeSet::new(), ending: true });
+        }
+        let ends = ids.is_empty() && self.round.as_ref().is_some_and(|round| round.ending);
         let items = ids.iter().filter_map(|id| self.shares.get(id)).map(|s| s.item.clone());
         let register = Register {
             port: self.port,
             load: self.load,
             digest: digest.to_le_bytes(),
-            round: match &self.round {
-                Some(round) => round.number,
-                None if nothing => self.dice.next() as u32 | 1,
-                None => 0,
-            },
-            round_ends: nothing || self.round.as_ref().is_some_and(|round| round.ending),
+            round: self.round.as_ref().map_or(0, |round| round.number),
+            round_ends: ends,
             items: items.collect(),
         };
         self.next_heartbeat = now + self.heartbeat;
@@ -811,7 +876,8 @@ impl Link {
         if ended && self.round.as_ref().is_some_and(|round| round.ending) {
             self.round = None;
         }
-        if registered.repeat_all && self.round.is_none() {
+        // Not at once after a round: an index that is never content is told again with the next heartbeat.
+        if registered.repeat_all && self.round.is_none() && !ended {
             let number = self.dice.next() as u32 | 1;
             let left = self.shares.keys().copied().collect();
             self.round = Some(Round { number, left, ending: false });
@@ -837,8 +903,8 @@ impl Link {
     fn on_watching(&mut self, now: Moment, watching: Watching) {
         let Some(watch) = &mut self.watch else { return };
         watch.asked = false;
-        watch.renew_at =
-            now + WATCH_EVERY.min(Duration::from_secs(u64::from(watching.lease_s)) / 3);
+        let lease = Duration::from_secs(u64::from(watching.lease_s));
+        watch.renew_at = now + (lease / 3).clamp(WATCH_SELDOM, WATCH_EVERY);
         // Only now: what changes while the owner lists is told, so nothing falls between the two.
         if watching.missed || watch.sequence.is_none() {
             watch.sequence = Some(watching.sequence);
@@ -865,6 +931,11 @@ impl Link {
     }
 }
 
+fn removed() -> Refusal {
+    let text = "this machine was removed from the network".to_owned();
+    Refusal { code: Code::Removed, text, cookie: None }
+}
+
 fn backoff(smoothed_rtt: Option<Duration>) -> Backoff {
     let first = smoothed_rtt.map_or(FIRST_WAIT, |rtt| FIRST_WAIT.max(rtt * 3));
     Backoff::new(first.min(LONGEST_WAIT), LONGEST_WAIT)
@@ -881,14 +952,14 @@ fn seal_with(keys: &mut Keys, request: &Request, id: RequestId) -> Vec<u8> {
         cookie: keys.cookie,
     };
     keys.counter += 1;
-    seal_request(&keys.keys.to_index, &head, &request.encode(id))
+    seal_request(&keys.session.keys.to_index, &head, &request.encode(id))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::id::MemberNumber;
-    use crate::seal::{EpochSecret, seal_reply};
+    use crate::seal::{EpochSecret, SessionKeys, seal_reply};
     use crate::time::WallTime;
     use crate::trust::{Certificate, MachineKey, Role};
     use crate::wire::datagram::{HELD_ALL, List, RowKey};
@@ -911,8 +982,7 @@ mod tests {
             member,
             epoch: 4,
             salt: 9,
-            key_to_index: keys.to_index,
-            key_from_index: keys.from_index,
+            keys: keys.clone(),
             heartbeat_s: 30,
             valid_s: 86_400,
             certificate: Certificate::issue(&index, peer, member, Role::Publish, "b", WallTime(9)),
@@ -1017,6 +1087,110 @@ mod tests {
             under_way.extend(more);
         }
         assert!(ended);
+    }
+
+    #[test]
+    fn what_is_shared_before_the_word_that_nothing_is_was_heard_is_not_forgotten_by_it() {
+        let (session, mut index) = session();
+        let (mut link, now) = (Link::new(5), Moment::from_micros(1_000_000));
+        link.on_session(now, session);
+        let [(ends, nothing)] = &registers(&mut link, &index)[..] else { panic!() };
+        assert!(nothing.round_ends && nothing.round != 0);
+        link.share(now, item(1));
+        link.tick(now + GATHER);
+        let [(id, first)] = &registers(&mut link, &index)[..] else { panic!() };
+        assert_eq!((first.round, first.round_ends), (nothing.round, false), "of that round");
+        link.on_datagram(now + GATHER, &mut index.registered(*id, false));
+        assert!(outputs(&mut link).contains(&Output::Registered(item(1).id)));
+        // The other was lost, and is said again: it ends the round that has named the share.
+        link.tick(now + Duration::from_secs(1));
+        let [(again, last)] = &registers(&mut link, &index)[..] else { panic!() };
+        assert_eq!((again, last), (ends, nothing));
+        link.on_datagram(now + Duration::from_secs(1), &mut index.registered(*again, false));
+        link.share(now, item(2));
+        link.tick(now + Duration::from_secs(2));
+        let [(_, second)] = &registers(&mut link, &index)[..] else { panic!() };
+        assert_eq!(second.round, 0, "the round is over");
+    }
+
+    /// Each was done again at once, and so without pause.
+    #[test]
+    fn an_index_that_is_never_content_is_not_asked_or_told_without_pause() {
+        let (mut link, mut index, mut now) = standing();
+        let short = || Session { valid_s: 0, heartbeat_s: 0, ..session().0 };
+        link.on_session(now, short());
+        (1..=10).for_each(|n| link.share(now, item(n)));
+        link.watch(now, "*".into());
+        link.ask(now, list());
+        let end = now + Duration::from_secs(60);
+        let (mut said, mut sessions) = (BTreeMap::<u8, u32>::new(), 0);
+        while now < end {
+            for output in outputs(&mut link) {
+                match output {
+                    Output::Send(datagram) => {
+                        *said.entry(datagram[0]).or_default() += 1;
+                        let (_, id, request) = index.read(&datagram);
+                        let mut answer = match request {
+                            Request::Register(_) => index.registered(id, true),
+                            Request::Watch(_) => {
+                                let (lease_s, sequence, missed) = (0, 0, true);
+                                let watching = Watching { lease_s, sequence, missed };
+                                index.reply(id, &Reply::Ack(Ack::Watching(watching)))
+                            }
+                            _ => {
+                                let (code, text) = (Code::CookieNeeded, String::new());
+                                let cookie = Some([said[&datagram[0]] as u8; 16]);
+                                index.reply(id, &Reply::Error(Refusal { code, text, cookie }))
+                            }
+                        };
+                        link.on_datagram(now, &mut answer);
+                    }
+                    Output::NeedSession => {
+                        sessions += 1;
+                        link.on_session(now, short());
+                    }
+                    _ => {}
+                }
+            }
+            now = now + MS;
+            link.tick(now);
+        }
+        assert!((1..=6).contains(&sessions), "{sessions}");
+        // A heartbeat each 30 s (and one with each session), a round of two after it, the first shares.
+        assert!(said[&b'R'] <= 20, "{said:?}");
+        assert!((20..=70).contains(&said[&b'W']), "{said:?}");
+        assert!(said[&b'O'] <= 60, "{said:?}");
+    }
+
+    #[test]
+    fn a_machine_that_was_removed_says_no_more_and_seldom_asks_whether_it_still_is() {
+        let (mut link, _, mut now) = standing();
+        link.share(now, item(1));
+        let asked = link.ask(now, list());
+        link.on_removed(now);
+        let no = |id| Output::Answered { id, result: Err(LinkError::Refused(removed())) };
+        assert!(outputs(&mut link).contains(&no(asked)));
+        let asked = link.ask(now, list());
+        link.share(now, item(2));
+        assert_eq!(outputs(&mut link), [no(asked), Output::Refused(item(2).id, removed())]);
+        let end = now + Duration::from_secs(3_600);
+        let mut sessions = 0;
+        while now < end {
+            now = link.next_deadline().map_or(end, |due| due.max(now + MS));
+            link.tick(now);
+            for output in outputs(&mut link) {
+                assert_eq!(output, Output::NeedSession);
+                sessions += 1;
+                link.on_removed(now);
+            }
+        }
+        assert!((30..=61).contains(&sessions), "{sessions}");
+        // It is one again: what it hosts is told.
+        let (session, index) = session();
+        link.on_session(now, session);
+        link.tick(now + GATHER);
+        let told = registers(&mut link, &index);
+        assert!(told.iter().any(|(_, register)| register.items.len() == 1), "{told:?}");
     }
 
     #[test]

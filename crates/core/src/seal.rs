@@ -45,6 +45,12 @@ impl EpochSecret {
     }
 }
 
+impl std::fmt::Debug for SessionKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SessionKeys")
+    }
+}
+
 impl SessionKeys {
     /// The key of replies from the boot `boot`: a restarted index, whose counters begin anew, never
     /// repeats a (key, nonce).

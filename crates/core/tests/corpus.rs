@@ -12,6 +12,7 @@ use potluck_core::bitfield::Bitfield;
 use potluck_core::id::{ContentId, MemberNumber, Name, PeerId, Piece, RequestId, Version};
 use potluck_core::manifest::{self, Entry, Manifest, RelPath, What};
 use potluck_core::registrar::trial;
+use potluck_core::seal::SessionKeys;
 use potluck_core::time::WallTime;
 use potluck_core::trust::{Certificate, Invitation, MachineKey, NameRecord, RevocationList, Role};
 use potluck_core::wire::bytes::Writer;
@@ -224,8 +225,7 @@ fn desk() -> Samples {
             member: MemberNumber(7),
             epoch: 20_000,
             salt: 0x0102_0304_0506_0708,
-            key_to_index: [0x11; 16],
-            key_from_index: [0x22; 16],
+            keys: SessionKeys { to_index: [0x11; 16], from_index: [0x22; 16] },
             heartbeat_s: 30,
             valid_s: 86_400,
             certificate: certificate(),

@@ -16,6 +16,8 @@ use rustls::{
     ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, Stream,
 };
 
+use zeroize::Zeroizing;
+
 use crate::door::{Door, Pass, Timed, time_left};
 use crate::error::{Error, ErrorKind, Result};
 use crate::{clock, tls};
@@ -192,7 +194,7 @@ impl Call {
     fn ask(mut self, question: &Ask, deadline: Moment) -> io::Result<Option<Answer>> {
         self.socket.until(deadline);
         let mut desk = Stream::new(&mut self.tls, &mut self.socket);
-        write_frame(&mut desk, &question.encode())?;
+        write_frame(&mut desk, &question.encode().into())?;
         let mut len = [0; 4];
         // An end that TLS vouches for is a decision; any other is an accident.
         match desk.read(&mut len)? {
@@ -287,7 +289,7 @@ fn attend(
         return Err(io::Error::other("too many questions at once"));
     };
     if let Some(answer) = answer {
-        write_frame(&mut caller, &answer.encode())?;
+        write_frame(&mut caller, &answer.encode().into())?;
     }
     tls.send_close_notify();
     tls.write_tls(&mut socket).map(drop)
@@ -300,20 +302,23 @@ fn shake_hands<S: SideData>(tls: &mut ConnectionCommon<S>, socket: &mut Timed) -
     Ok(())
 }
 
-fn write_frame(to: &mut impl Write, body: &[u8]) -> io::Result<()> {
-    let mut frame = (body.len() as u32).to_be_bytes().to_vec();
+/// Erases its copies: an answer may hold keys.
+fn write_frame(to: &mut impl Write, body: &Zeroizing<Vec<u8>>) -> io::Result<()> {
+    let mut frame = Zeroizing::new(Vec::with_capacity(4 + body.len()));
+    frame.extend_from_slice(&(body.len() as u32).to_be_bytes());
     frame.extend_from_slice(body);
     to.write_all(&frame)?;
     to.flush()
 }
 
-/// Reads a frame whose length was read. The body grows with what arrives, not with what is announced.
-fn read_body(from: &mut impl Read, len: [u8; 4], most: usize) -> io::Result<Vec<u8>> {
+/// Reads a frame whose length was read.
+fn read_body(from: &mut impl Read, len: [u8; 4], most: usize) -> io::Result<Zeroizing<Vec<u8>>> {
     let len = u32::from_be_bytes(len) as usize;
     if len > most {
         return Err(io::Error::new(Io::InvalidData, "a frame is too long"));
     }
-    let mut body = vec![];
+    // Room for all of it at once: keys would stay behind where it had to move. A stranger's is short.
+    let mut body = Zeroizing::new(Vec::with_capacity(len));
     from.take(len as u64).read_to_end(&mut body)?;
     if body.len() < len {
         return Err(Io::UnexpectedEof.into());

@@ -1,6 +1,8 @@
 //! Owns, for tests only, members that break every rule they can, against a real index and real peers
 //! on loopback. Each attack has its bound here; `docs/reliability.md` lists them.
 
+mod middle;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -20,7 +22,7 @@ use potluck_core::wire::desk::Session;
 use potluck_core::wire::stream::{Channel, Frame, Goodbye, Side};
 use tempfile::TempDir;
 
-use crate::control::{Event, Request, Stats};
+use crate::control::{Event, IfExists, Request, Stats};
 use crate::transfer::puppet::Puppet;
 use crate::{Index, IndexSettings, Peer, Settings, clock, testing};
 
@@ -393,6 +395,55 @@ fn fakes_registered_for_a_popular_content_do_not_hide_the_honest_host() {
     }
     let (_, took) = scene.bob_fetches("copy");
     println!("{took:?} with 60 fakes beside one honest host");
+}
+
+/// They take the call, or end the handshake, or say hello as well, and no word more. Of those that had said
+/// hello sixteen took all places for ever: neither was another host called nor the index asked for more.
+#[test]
+fn fakes_that_take_the_call_and_fall_silent_do_not_hide_the_honest_host() {
+    const FAKES: u8 = 48;
+    let scene = Scene::new(1 << 20, 64 << 20);
+    let calls: Vec<_> = (1..=FAKES)
+        .map(|seed| {
+            let foe = Foe::join(&scene.net, seed);
+            foe.registers(scene.of.item()).unwrap();
+            let calls = Arc::<Mutex<u32>>::default();
+            let count = Arc::clone(&calls);
+            thread::spawn(move || {
+                let mut kept = Vec::new();
+                while let Ok((socket, _)) = foe.listener.accept() {
+                    *count.lock().unwrap() += 1;
+                    let (key, shown) =
+                        (MachineKey::from_seed([seed; 32]), &foe.session.certificate);
+                    match seed % 3 {
+                        0 => kept.push((Some(socket), None)),
+                        1 => kept.push((None, Some(Puppet::shake_hands_as(socket, &key)))),
+                        _ => kept.push((None, Some(Puppet::answer_as(socket, &key, shown)))),
+                    }
+                }
+            });
+            calls
+        })
+        .collect();
+    // The default patience is less than it may take until the index has named her.
+    let (began, to) = (Instant::now(), scene.net.dir.path().join("copy"));
+    let (what, exists) = (scene.of.id.to_string(), IfExists::default());
+    let request = Request::Get { what, to: to.clone(), exists, timeout_s: 300 };
+    let mut from = Vec::new();
+    scene.bob.handle(request, &mut |event| {
+        assert_eq!(event.failure(), None);
+        if let Event::Done { sources, .. } = event {
+            from = sources.into_iter().map(|source| source.label).collect();
+        }
+        true
+    });
+    let took = began.elapsed();
+    assert_eq!(from, ["alice"]);
+    assert!(fs::read(to).unwrap() == scene.of.bytes);
+    let called: Vec<u32> = calls.iter().map(|calls| *calls.lock().unwrap()).collect();
+    let (hosts, all) =
+        (called.iter().filter(|calls| **calls > 0).count(), called.iter().sum::<u32>());
+    println!("{took:?}; {all} calls at {hosts} of {FAKES} fakes");
 }
 
 #[test]

@@ -1,9 +1,12 @@
-//! Owns what the project's own measurements need beyond the public face: a member's session without
-//! a peer around it. No part of the interface: it may change at any time, and programs never use it.
+//! Owns what the project's own measurements and tests need beyond the public face: a member's session
+//! without a peer around it, a desk without an index behind it. No part of the interface: it may change
+//! at any time, and programs never use it.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 use std::time::Duration;
 
+use potluck_core::registrar::Caller;
 use potluck_core::trust::{Invitation, MachineKey, join_tag};
 use potluck_core::wire::desk::{Answer, Ask, Join, Session};
 
@@ -36,6 +39,19 @@ pub fn session(key: &MachineKey, invitation: &Invitation) -> Result<(Session, So
         (_, Answer::Session(session), from) => Ok((*session, from)),
         (_, other, _) => Err(refused(&other)),
     }
+}
+
+/// Serves a desk at `listener` under an index's `key`; `handle` answers what it likes, or hangs up
+/// (`None`). It closes when what is returned is dropped.
+///
+/// # Errors
+/// The system gives no thread or descriptor.
+pub fn serve_desk(
+    listener: TcpListener,
+    key: Arc<MachineKey>,
+    handle: impl Fn(Caller, Ask) -> Option<Answer> + Send + Sync + 'static,
+) -> Result<impl Send> {
+    desk::serve(listener, key, handle)
 }
 
 fn refused(answer: &Answer) -> crate::Error {

@@ -124,6 +124,36 @@ fn shown(key: &MachineKey) -> Arc<CertifiedKey> {
     Arc::new(CertifiedKey::new(vec![spki(&key.public()).into()], Arc::new(signer)))
 }
 
+/// The terms of somebody who shows another's key, and signs with his own.
+#[cfg(test)]
+pub(crate) fn pretending(
+    key: &MachineKey,
+    to_be: [u8; 32],
+    alpn: &[u8],
+) -> Result<ServerConfig, Error> {
+    #[derive(Debug)]
+    struct Pretender(KeySigner, [u8; 32]);
+    impl SigningKey for Pretender {
+        fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+            self.0.choose_scheme(offered)
+        }
+        fn public_key(&self) -> Option<SubjectPublicKeyInfoDer<'_>> {
+            Some(spki(&self.1).into())
+        }
+        fn algorithm(&self) -> SignatureAlgorithm {
+            self.0.algorithm()
+        }
+    }
+    let signer = KeySigner(Arc::new(MachineKey::from_seed(*key.seed())));
+    let shown = CertifiedKey::new(vec![spki(&to_be).into()], Arc::new(Pretender(signer, to_be)));
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(Arc::new(Verifier { expect: Expect::Anyone }))
+        .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(shown))));
+    config.alpn_protocols = vec![alpn.to_vec()];
+    Ok(config)
+}
+
 fn spki(key: &[u8; 32]) -> Vec<u8> {
     [&SPKI_HEAD[..], key].concat()
 }

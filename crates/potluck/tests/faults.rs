@@ -7,8 +7,9 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Machine, Running, Table, Under, done, made_of, made_up, sum, table, until};
 use potluck::control::{Event, Request, Row};
@@ -41,6 +42,101 @@ fn begins_to_get(machine: &Machine, id: &str, args: &[&str]) -> Running {
 
 fn is_same(at: &Path, bytes: &[u8]) {
     assert!(fs::read(at).unwrap() == bytes, "{} is not what was shared", at.display());
+}
+
+/// Takes a folder of `part` away, puts a link to `outside` in its place, and puts it back; over and
+/// over, until told. How often.
+fn swaps(part: &Path, folders: &[&str], outside: &Path, stop: &AtomicBool) -> u32 {
+    let mut swapped = 0;
+    for round in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let at = part.join(folders[round % folders.len()]);
+        let away = part.join("away");
+        let taken = fs::rename(&at, &away).is_ok();
+        // Also where it is not there yet: before it is made.
+        if (taken || part.exists()) && symlink(outside, &at).is_ok() {
+            swapped += 1;
+            for _ in 0..round % 500 {
+                std::hint::spin_loop();
+            }
+            let _ = fs::remove_file(&at);
+        }
+        if taken {
+            let _ = fs::rename(&away, &at);
+        }
+    }
+    swapped
+}
+
+#[test]
+fn a_racer_that_swaps_folders_for_links_has_nothing_written_outside() {
+    let Table { dir, index: _index, peers: [alice, bob] } = table(["alice", "bob"]);
+    let (tree, outside) = (alice.home.join("tree"), dir.path().join("outside"));
+    let folders = ["a", "b", "b/c"];
+    for folder in folders {
+        for at in [tree.join(folder), outside.join(folder)] {
+            fs::create_dir_all(at).unwrap();
+        }
+        for n in 0..16 {
+            let name = format!("{folder}/f{n}");
+            fs::write(tree.join(&name), made_of(&name, 20_000)).unwrap();
+            // Of the same names and sizes, so that a wrong way would find what it looks for.
+            for at in [outside.join(&name), outside.join(format!("f{n}"))] {
+                fs::write(at, vec![b'x'; 20_000]).unwrap();
+            }
+        }
+    }
+    let Event::Shared { id, .. } = alice.does(&["share", "tree"]) else { panic!() };
+    let all = || walkdir::WalkDir::new(&outside).into_iter().map(Result::unwrap);
+    let before = all().count();
+    let is_intact = || {
+        assert_eq!(all().count(), before, "nothing more, and nothing less");
+        for entry in all().filter(|entry| !entry.file_type().is_dir()) {
+            assert!(fs::read(entry.path()).unwrap() == vec![b'x'; 20_000], "{entry:?}");
+        }
+    };
+    let rounds = std::env::var("POTLUCK_ROUNDS").map_or(10, |text| text.parse().unwrap());
+    bob.does(&["limit", "--down", "4MB"]);
+    let (mut swapped, mut whole) = (0, 0);
+    for round in 0..rounds {
+        let name = format!("copy{round}");
+        let get = bob.begins(&["get", &id, "-o", &name, "--timeout", "2s"]);
+        let stop = AtomicBool::new(false);
+        let code = std::thread::scope(|scope| {
+            let racer = scope.spawn(|| {
+                let part = || {
+                    let all = fs::read_dir(&bob.home).unwrap().map(|entry| entry.unwrap().path());
+                    all.into_iter().find(|path| path.to_string_lossy().ends_with("-part"))
+                };
+                let part = loop {
+                    match part() {
+                        Some(part) => break part,
+                        None if stop.load(Ordering::Relaxed) => return 0,
+                        None => {}
+                    }
+                };
+                swaps(&part, &folders, &outside, &stop)
+            });
+            let (code, _) = get.ends();
+            stop.store(true, Ordering::Relaxed);
+            swapped += racer.join().unwrap();
+            code
+        });
+        whole += u32::from(code == 0);
+        is_intact();
+        bob.run(&["unshare", &id]);
+        let _ = fs::remove_dir_all(bob.home.join(&name));
+    }
+    println!("{swapped} swaps in {rounds} fetches, of which {whole} became whole");
+    assert!(swapped > rounds, "{swapped}");
+    bob.does(&["limit", "--down", "off"]);
+    bob.gets_with(&[&id, "-o", "undisturbed"]);
+    for folder in folders {
+        let name = format!("{folder}/f3");
+        is_same(&bob.home.join("undisturbed").join(&name), &made_of(&name, 20_000));
+    }
 }
 
 #[test]

@@ -301,6 +301,83 @@ fn it_all_works_where_there_is_only_ipv6() {
     goes_over_at("[::1]:0");
 }
 
+/// Two machines with a cable between them, in a network of this test's own; run by who is in it.
+const CABLE: &str = "mount -t tmpfs tmpfs /run && ip netns add far \
+    && ip link add near type veth peer name far netns far \
+    && ip link set lo up && ip addr add 10.9.0.1/24 dev near && ip link set near up \
+    && ip -n far link set lo up && ip -n far addr add 10.9.0.2/24 dev far && ip -n far link set far up \
+    && exec \"$@\"";
+
+fn ip(args: &[&str]) {
+    assert!(Command::new("ip").args(args).status().unwrap().success(), "ip {args:?}");
+}
+
+/// A machine's line to the index kept the address that it had when it was opened, and no datagram left
+/// any more.
+#[test]
+fn a_machine_whose_address_changes_goes_on_sending_and_fetching_by_itself() {
+    const NAME: &str = "a_machine_whose_address_changes_goes_on_sending_and_fetching_by_itself";
+    if std::env::var_os("POTLUCK_CABLE").is_none() {
+        let cable = || {
+            let mut command = Command::new("unshare");
+            command.args(["--net", "--mount", "--propagation", "private", "sh", "-c", CABLE, "sh"]);
+            command
+        };
+        if !cable().arg("true").output().is_ok_and(|output| output.status.success()) {
+            println!("SKIPPED: a network of its own takes root and ip (iproute2)");
+            return;
+        }
+        let mut again = cable();
+        again.arg(std::env::current_exe().unwrap()).args(["--exact", NAME, "--nocapture"]);
+        assert!(again.env("POTLUCK_CABLE", "1").status().unwrap().success());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let start = |listen: &str, name: &str, verb: &str, process: &[&str]| {
+        let home = dir.path().join(name);
+        fs::create_dir(&home).unwrap();
+        let process = process.iter().map(|&arg| arg.into()).collect();
+        let more: &[&str] = if verb == "index" { &["--heartbeat", "1"] } else { &[] };
+        Machine::start_at(listen, home, name, verb, more, Under { process, verbs: vec![] })
+    };
+    let index = start("10.9.0.1:0", "index", "index", &[]);
+    let near = start("10.9.0.1:0", "near", "up", &[]);
+    let far = start("0.0.0.0:0", "far", "up", &["ip", "netns", "exec", "far"]);
+    for peer in [&near, &far] {
+        peer.joins(&index.invitation());
+        peer.does(&["limit", "--up", "4MB"]);
+    }
+    let [theirs, ours] = [made_of("far", 24 << 20), made_of("near", 24 << 20)];
+    let moved = |from: &str, to: &str| {
+        ip(&["-n", "far", "addr", "del", from, "dev", "far"]);
+        ip(&["-n", "far", "addr", "add", to, "dev", "far"]);
+    };
+    let goes_on = |of: &Machine, at: &Machine, bytes: &[u8], from: &str, to: &str| {
+        let id = of.shares("film", bytes);
+        let get = at.begins(&["get", &id, "-o", "copy", "--timeout", "300s"]);
+        until("some of it", || (at.has(&id) > 0).then_some(()));
+        let before = at.has(&id);
+        assert!(before < bytes.len() as u64, "it came too fast for this test");
+        let began = Instant::now();
+        moved(from, to);
+        let (code, last) = get.ends();
+        assert_eq!(code, 0, "{last:?}");
+        let left = bytes.len() as u64 - before;
+        println!("{left} bytes more {:?} after the address was gone", began.elapsed());
+        is_same(&at.home.join("copy"), bytes);
+    };
+    // Who sends moves, then who fetches.
+    goes_on(&far, &near, &theirs, "10.9.0.2/24", "10.9.0.3/24");
+    far.does(&["unshare", "film"]);
+    near.does(&["unshare", "copy"]);
+    fs::remove_file(near.home.join("copy")).unwrap();
+    goes_on(&near, &far, &ours, "10.9.0.3/24", "10.9.0.4/24");
+    until("both copies", || {
+        let rows = far.lists();
+        rows.iter().any(|row| row.complete == 2).then_some(())
+    });
+}
+
 #[test]
 fn it_all_works_where_packets_are_no_larger_than_1280_bytes() {
     const NAME: &str = "it_all_works_where_packets_are_no_larger_than_1280_bytes";

@@ -15,7 +15,7 @@ use common::{Machine, Under, made_up, potluck, until};
 use potluck::control::Event;
 use potluck::{Invitation, testing};
 use potluck_core::id::{ContentId, RequestId};
-use potluck_core::seal::{ReplyHead, RequestHead, SessionKeys, open, seal_request};
+use potluck_core::seal::{ReplyHead, RequestHead, open, seal_request};
 use potluck_core::trust::MachineKey;
 use potluck_core::wire::datagram::{
     Ack, Code, HELD_ALL, Item, Load, MAX_DATAGRAM, Register, Reply, Request,
@@ -44,7 +44,6 @@ fn get(at: SocketAddr, path: &str) -> String {
 struct Member {
     socket: UdpSocket,
     session: potluck_core::wire::desk::Session,
-    keys: SessionKeys,
     counter: u64,
     cookie: [u8; 16],
 }
@@ -57,9 +56,7 @@ impl Member {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.connect(at).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let keys =
-            SessionKeys { to_index: session.key_to_index, from_index: session.key_from_index };
-        let mut member = Self { socket, session, keys, counter: 0, cookie: [0; 16] };
+        let mut member = Self { socket, session, counter: 0, cookie: [0; 16] };
         member.sends(&hosts(0));
         match member.hears() {
             Reply::Error(refusal) if refusal.code == Code::CookieNeeded => {
@@ -81,14 +78,14 @@ impl Member {
             cookie: self.cookie,
         };
         let plaintext = request.encode(RequestId(self.counter));
-        self.socket.send(&seal_request(&self.keys.to_index, &head, &plaintext)).unwrap();
+        self.socket.send(&seal_request(&self.session.keys.to_index, &head, &plaintext)).unwrap();
     }
 
     fn hears(&self) -> Reply {
         let mut buffer = [0; MAX_DATAGRAM + 1];
         let len = self.socket.recv(&mut buffer).expect("the index answers");
         let head = ReplyHead::decode(&buffer[..len]).unwrap();
-        let key = self.keys.reply_key(head.boot);
+        let key = self.session.keys.reply_key(head.boot);
         let plaintext = open(&key, head.counter, &mut buffer[..len]).expect("it opens");
         Reply::decode(head.kind, plaintext).unwrap().1
     }
@@ -224,7 +221,7 @@ fn settings_are_read_again_at_sighup_and_a_bad_file_changes_nothing() {
     let invitation: Invitation = index.invitation.parse().unwrap();
     let join = |seed| testing::session(&MachineKey::from_seed([seed; 32]), &invitation);
     join(1).unwrap();
-    let full = join(2).err().expect("it is refused");
+    let full = join(2).expect_err("it is refused");
     assert!(full.message.contains("as many members as it may"), "{full}");
     fs::write(&config, "members = 2").unwrap();
     index.is_told(Signal::HUP);
@@ -233,7 +230,7 @@ fn settings_are_read_again_at_sighup_and_a_bad_file_changes_nothing() {
     fs::write(&config, "members = 20\nmembres = 30").unwrap();
     index.is_told(Signal::HUP);
     index.logs("line 2: there is no setting membres");
-    let full = join(3).err().expect("it is refused");
+    let full = join(3).expect_err("it is refused");
     assert!(full.message.contains("as many members as it may"), "{full}");
 
     // One that is wrong from the start is no start.
@@ -281,7 +278,7 @@ fn an_index_whose_disk_is_full_serves_from_memory_says_so_and_recovers() {
     assert!(get(at, "/metrics").contains("\npotluck_index_journal_healthy 0\n"));
     let stranger: Invitation = index.invitation().parse().unwrap();
     let refused =
-        testing::session(&MachineKey::from_seed([1; 32]), &stranger).err().expect("it is refused");
+        testing::session(&MachineKey::from_seed([1; 32]), &stranger).expect_err("it is refused");
     assert!(refused.message.contains("cannot write its state"), "{refused}");
     alice.shares("song", &made_up(50_000));
     assert!(alice.lists().iter().any(|row| row.name.as_deref() == Some("song")));

@@ -112,6 +112,23 @@ fn another_network_has_nothing_of_this_one() {
     assert_eq!(mallory.lists(), vec![]);
 }
 
+/// What was seen of a name was kept under the name alone, so that the same name in another network was
+/// taken for a lie of its index.
+#[test]
+fn a_name_that_was_seen_in_one_network_says_nothing_in_another() {
+    let Table { dir: _dir, index: _index, peers: [alice, bob] } = table(["alice", "bob"]);
+    let Table { dir: _theirs, index: other, peers: [mallory] } = table(["mallory"]);
+    alice.shares("film", b"one");
+    alice.shares("film", b"two");
+    bob.gets("film");
+    bob.does(&["unshare", "film"]);
+    bob.does(&["leave"]);
+    bob.joins(&other.invitation());
+    mallory.shares("film", b"another's");
+    let (at, _) = bob.gets_with(&["film", "-o", "theirs"]);
+    assert_eq!(fs::read(at).unwrap(), b"another's");
+}
+
 #[test]
 fn a_reader_fetches_and_serves_on_but_publishes_nothing() {
     let Table { dir, index, peers: [alice, carol] } = table(["alice", "carol"]);

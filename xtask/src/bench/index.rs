@@ -235,10 +235,7 @@ impl Crowd {
                 number: session.member,
                 epoch: session.epoch,
                 salt: session.salt,
-                keys: SessionKeys {
-                    to_index: session.key_to_index,
-                    from_index: session.key_from_index,
-                },
+                keys: session.keys,
                 reply: None,
                 counter: 0,
                 cookie: [0; 16],

@@ -183,17 +183,15 @@ impl Peer {
             counter,
             cookie: self.cookie,
         };
-        seal_request(&self.session.key_to_index, &head, &request.encode(RequestId(self.asked)))
+        seal_request(&self.session.keys.to_index, &head, &request.encode(RequestId(self.asked)))
     }
 
     fn open(&self, datagram: &[u8]) -> (ReplyHead, Vec<u8>) {
         let head = ReplyHead::decode(datagram).unwrap();
-        let keys = crate::seal::SessionKeys {
-            to_index: self.session.key_to_index,
-            from_index: self.session.key_from_index,
-        };
         let mut copy = datagram.to_vec();
-        let plain = open(&keys.reply_key(head.boot), head.counter, &mut copy).unwrap().to_vec();
+        let plain = open(&self.session.keys.reply_key(head.boot), head.counter, &mut copy)
+            .unwrap()
+            .to_vec();
         (head, plain)
     }
 
@@ -1148,7 +1146,7 @@ proptest! {
             counter: peer.counter,
             cookie: peer.cookie,
         };
-        let datagram = seal_request(&peer.session.key_to_index, &head, &plaintext);
+        let datagram = seal_request(&peer.session.keys.to_index, &head, &plaintext);
         let replies = index.hear(peer.from, &datagram);
         prop_assert_eq!(replies.len(), 1);
         prop_assert!(replies[0].1.len() <= crate::wire::datagram::MAX_DATAGRAM);
@@ -1187,7 +1185,7 @@ proptest! {
         };
         let from = if moved { SocketAddr::from(([10, 9, 9, 9], 4_000)) } else { peer.from };
         let (datagram, rows) =
-            (seal_request(&peer.session.key_to_index, &head, &plaintext), index.rows.clone());
+            (seal_request(&peer.session.keys.to_index, &head, &plaintext), index.rows.clone());
         let replies = index.hear(from, &datagram);
         prop_assert!(replies.len() <= 1);
         for (to, reply) in replies {

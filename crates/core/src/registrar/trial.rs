@@ -100,12 +100,11 @@ impl Trial {
         for ask in [Ask::Join(Join { invitation, tag, label }), session] {
             self.registrar.on_ask(self.now, WALL, caller, ask, super::Ticket(0));
             if let Some(Answer::Session(session)) = self.carry().0 {
-                let (to_index, from_index) = (session.key_to_index, session.key_from_index);
                 self.members.push(Member {
                     number: session.member,
                     epoch: session.epoch,
                     salt: session.salt,
-                    keys: SessionKeys { to_index, from_index },
+                    keys: session.keys.clone(),
                     counter: 0,
                     cookie: [0; 16],
                     from: SocketAddr::from(([10, 0, 0, n], 70)),

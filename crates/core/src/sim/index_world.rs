@@ -19,7 +19,7 @@ use crate::trust::{
 use crate::wire::datagram::{
     Ack, Code, HELD_ALL, Item, List, Load, Refusal, Request, Row, RowKey, Search, Target,
 };
-use crate::wire::desk::{Answer, Ask, InviteTerms, Join, Removal, Session};
+use crate::wire::desk::{Answer, Ask, DeskCode, InviteTerms, Join, Removal, Session};
 
 /// What happens in a world.
 #[derive(Clone, Copy, Debug)]
@@ -120,6 +120,8 @@ pub(super) struct Machine {
     pub(super) role: Role,
     /// The network removed it.
     pub(super) removed: bool,
+    /// It did so once, by an index that perhaps knows nothing of it any more.
+    was_removed: bool,
     pub(super) link: Option<Link>,
     /// When its link is due.
     due: Option<Moment>,
@@ -164,10 +166,18 @@ enum Event {
     ToIndex { from: SocketAddr, datagram: Vec<u8> },
     ToMachine { to: SocketAddr, datagram: Vec<u8> },
     AtDesk { machine: usize, life: u32 },
-    FromDesk { machine: usize, life: u32, session: Option<Box<Session>> },
+    FromDesk { machine: usize, life: u32, answer: FromDesk },
     Trouble,
     IndexUp { saved: Saved },
     Rebirth { machine: usize },
+}
+
+/// What the desk gave a machine.
+enum FromDesk {
+    Session(Box<Session>),
+    /// The word that it was removed.
+    Removed,
+    Nothing,
 }
 
 /// What a restarted index finds.
@@ -229,6 +239,7 @@ impl IndexWorld {
                     _ => Role::Publish,
                 },
                 removed: false,
+                was_removed: false,
                 link: None,
                 due: None,
                 skew: 0,
@@ -361,9 +372,9 @@ impl IndexWorld {
                 }
             }
             Event::AtDesk { machine, life } => self.at_desk(machine, life),
-            Event::FromDesk { machine, life, session } => {
+            Event::FromDesk { machine, life, answer } => {
                 if self.machines[machine].life == life {
-                    self.adopt(machine, session);
+                    self.adopt(machine, answer);
                 }
             }
             Event::Trouble => self.trouble(),
@@ -496,6 +507,7 @@ impl IndexWorld {
                     }
                     page.rows.last().map(|row| row.key.clone())
                 }
+                Err(LinkError::Refused(refusal)) if refusal.code == Code::Removed => return,
                 _ => {
                     rows.clear(); // what waits stays: the watch stands
                     None
@@ -524,7 +536,7 @@ impl IndexWorld {
             Err(LinkError::Refused(refusal)) => {
                 let code = refusal.code;
                 let expected = matches!(code, Code::NotFound | Code::NoHosts)
-                    || (code == Code::Removed && machine.removed);
+                    || (code == Code::Removed && (machine.removed || machine.was_removed));
                 assert!(expected, "{code:?}: {refusal}");
                 self.tell_whole(News::NotFound { machine: at });
             }
@@ -558,7 +570,7 @@ impl IndexWorld {
         let (now, wall) = (self.now, self.wall());
         let machine = &mut self.machines[at];
         let caller = Caller { peer: machine.key.peer(), exporter: [at as u8; 32] };
-        let mut session = None;
+        let mut answer = FromDesk::Nothing;
         if let Some(index) = self.index.as_mut().filter(|_| !machine.cut) {
             let known = index.members(now).iter().any(|member| member.peer == caller.peer);
             let certificate = machine.certificate.clone();
@@ -582,13 +594,16 @@ impl IndexWorld {
                 match output {
                     registrar::Output::Answer { answer: Answer::Session(given), .. } => {
                         self.story.taken_back += u64::from(!known && shows);
-                        session = Some(given);
+                        answer = FromDesk::Session(given);
                     }
                     registrar::Output::Answer { answer: Answer::Welcome(_), durable, .. } => {
                         assert!(durable);
                     }
                     registrar::Output::Answer { answer: Answer::Refused(refusal), .. } => {
                         assert!(machine.removed, "{refusal}");
+                        if refusal.code == DeskCode::Removed {
+                            answer = FromDesk::Removed;
+                        }
                     }
                     registrar::Output::Answer { .. } => panic!("another answer"),
                     registrar::Output::Ignore { .. } if machine.removed => {}
@@ -607,35 +622,44 @@ impl IndexWorld {
                 }
             }
         }
-        self.at(Duration::from_millis(1), Event::FromDesk { machine: at, life, session });
+        self.at(Duration::from_millis(1), Event::FromDesk { machine: at, life, answer });
     }
 
     /// Takes over a session, where its certificate is good by the machine's own clock.
-    fn adopt(&mut self, at: usize, session: Option<Box<Session>>) {
+    fn adopt(&mut self, at: usize, answer: FromDesk) {
         let (now, network) = (self.now, self.key().network());
         let wall = self.wall_of(at);
         let machine = &mut self.machines[at];
         machine.fetching = false;
         let Some(link) = &mut machine.link else { return };
         let mut newer = false;
-        match session {
-            Some(session) => match session.certificate.check(network, machine.key.peer(), wall) {
-                Ok(()) => {
-                    machine.certificate = Some(session.certificate.clone());
-                    if let Some(list) = &session.revocations {
-                        assert_eq!(list.check(network), Ok(()));
-                        newer = true;
-                        machine.revocations = Some(list.clone());
+        match answer {
+            FromDesk::Session(session) => {
+                match session.certificate.check(network, machine.key.peer(), wall) {
+                    Ok(()) => {
+                        machine.certificate = Some(session.certificate.clone());
+                        if let Some(list) = &session.revocations {
+                            assert_eq!(list.check(network), Ok(()));
+                            newer = true;
+                            machine.revocations = Some(list.clone());
+                        }
+                        link.on_session(now, *session);
                     }
-                    link.on_session(now, *session);
+                    Err(distrust) => {
+                        assert!(
+                            matches!(distrust, Distrust::Expired | Distrust::NotYet),
+                            "{distrust}"
+                        );
+                        self.story.distrusted += 1;
+                        link.on_session_failed(now);
+                    }
                 }
-                Err(distrust) => {
-                    assert!(matches!(distrust, Distrust::Expired | Distrust::NotYet), "{distrust}");
-                    self.story.distrusted += 1;
-                    link.on_session_failed(now);
-                }
-            },
-            None => link.on_session_failed(now),
+            }
+            FromDesk::Removed => {
+                link.on_removed(now);
+                self.tell_whole(News::Reachable { machine: at, yes: false });
+            }
+            FromDesk::Nothing => link.on_session_failed(now),
         }
         self.carry_link(at);
         if newer {
@@ -721,6 +745,7 @@ impl IndexWorld {
     pub(super) fn host(&mut self, at: usize, item: Item) {
         let now = self.now;
         let machine = &mut self.machines[at];
+        machine.registered.remove(&item.id);
         machine.hosts.insert(item.id, item.clone());
         if let Some(link) = &mut machine.link {
             link.share(now, item);
@@ -844,6 +869,7 @@ impl IndexWorld {
         if gone < 2 && known {
             assert_eq!(index.remove(now, wall, &Removal::Peer(peer)), Ok(1));
             self.machines[at].removed = true;
+            self.machines[at].was_removed = true;
             let before = self.machines[at].mirror.take().and_then(|mirror| mirror.listing);
             self.machines[at].abandoned.extend(before.map(|(id, _)| id));
             self.carry_index();
@@ -1141,6 +1167,33 @@ mod tests {
         assert!(all.lost > 1_000 && all.repeats > 50 && all.lapsed > 50, "{all:?}");
         assert!(all.overtaken > 10, "{all:?}");
         assert!(all.restarts > 50 && all.relists > 100 && all.rows > 300, "{all:?}");
+    }
+
+    /// A peer that shares nothing says so, and the index forgets what it may have had of it. Where that
+    /// was lost, it was said again after the first share was acknowledged, which was then missing until
+    /// the next heartbeat.
+    #[test]
+    fn what_was_acknowledged_is_there_from_then_on_whatever_is_lost_on_the_way() {
+        let mut acknowledged = 0;
+        for seed in 0..40 {
+            let mut world = IndexWorld::new(seed, Plan { deaths: false, ..Plan::default() });
+            let mut ever = BTreeSet::new();
+            while world.step(Moment::ZERO + world.plan.troubled) && !world.mended {
+                let there = world.catalog().hosts();
+                for machine in &world.machines {
+                    let peer = machine.key.peer();
+                    let told =
+                        machine.registered.iter().filter(|id| machine.hosts.contains_key(id));
+                    for id in told {
+                        let missing = !there.get(id).is_some_and(|hosts| hosts.contains_key(&peer));
+                        assert!(!missing, "seed {seed}, {:?}: {id:?} of {peer:?}", world.now);
+                        ever.insert((peer, *id));
+                    }
+                }
+            }
+            acknowledged += ever.len();
+        }
+        assert!(acknowledged > 500, "{acknowledged}");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use super::bytes::{Malformed, Reader, Writer, numbers};
 use crate::id::{MemberNumber, NetworkId, PeerId};
+use crate::seal::SessionKeys;
 use crate::time::WallTime;
 use crate::trust::{Certificate, RevocationList, Role, clean_label};
 
@@ -95,8 +96,7 @@ pub enum Answer {
 }
 
 /// Keys and terms for speaking UDP to the index.
-#[derive(Clone, PartialEq, Eq)]
-#[cfg_attr(test, derive(Debug))]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Session {
     /// The member's number.
     pub member: MemberNumber,
@@ -104,10 +104,8 @@ pub struct Session {
     pub epoch: u16,
     /// Distinguishes this session from the member's others.
     pub salt: u64,
-    /// AES-128 key for requests.
-    pub key_to_index: [u8; 16],
-    /// AES-128 key from which reply keys are derived (with the boot id).
-    pub key_from_index: [u8; 16],
+    /// The keys: erased when dropped, and never shown.
+    pub keys: SessionKeys,
     /// Heartbeat the index expects.
     pub heartbeat_s: u16,
     /// Fetch another session before so many seconds are over.
@@ -273,7 +271,11 @@ impl Ask {
 impl Answer {
     /// Type byte and body, without the length.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = vec![];
+        // Room for all of it at once: keys would stay behind where it had to move.
+        let mut out = Vec::with_capacity(match self {
+            Self::Session(session) => session.most_bytes(),
+            _ => 0,
+        });
         match self {
             Self::Welcome(certificate) => {
                 out.u8(answered::WELCOME);
@@ -390,12 +392,18 @@ impl InviteTerms {
 }
 
 impl Session {
+    /// No fewer than it takes with its type byte.
+    fn most_bytes(&self) -> usize {
+        let list = |list: &RevocationList| 4 + 4 + 32 * list.peers.len() + 64;
+        1 + 52 + Certificate::MAX_BYTES + 1 + self.revocations.as_ref().map_or(0, list)
+    }
+
     fn write(&self, out: &mut Vec<u8>) {
         out.u32(self.member.0);
         out.u16(self.epoch);
         out.u64(self.salt);
-        out.put(&self.key_to_index);
-        out.put(&self.key_from_index);
+        out.put(&self.keys.to_index);
+        out.put(&self.keys.from_index);
         out.u16(self.heartbeat_s);
         out.u32(self.valid_s);
         out.put(&self.certificate.encode());
@@ -410,8 +418,7 @@ impl Session {
             member: MemberNumber(r.u32()?),
             epoch: r.u16()?,
             salt: r.u64()?,
-            key_to_index: r.array()?,
-            key_from_index: r.array()?,
+            keys: SessionKeys { to_index: r.array()?, from_index: r.array()? },
             heartbeat_s: r.u16()?,
             valid_s: r.u32()?,
             certificate: Certificate::read(r)?,
@@ -507,8 +514,7 @@ mod tests {
                         member: MemberNumber(member),
                         epoch,
                         salt,
-                        key_to_index: keys[0],
-                        key_from_index: keys[1],
+                        keys: SessionKeys { to_index: keys[0], from_index: keys[1] },
                         heartbeat_s,
                         valid_s,
                         certificate,
@@ -591,8 +597,7 @@ mod tests {
             member: MemberNumber(1),
             epoch: 2,
             salt: 3,
-            key_to_index: [4; 16],
-            key_from_index: [5; 16],
+            keys: SessionKeys { to_index: [4; 16], from_index: [5; 16] },
             heartbeat_s: 30,
             valid_s: 86_400,
             certificate: Certificate::issue(
@@ -607,7 +612,37 @@ mod tests {
         }));
         let bytes = session.encode();
         assert!(bytes.len() <= MAX_FRAME);
+        let Answer::Session(inner) = &session else { panic!() };
+        assert_eq!(bytes.len(), inner.most_bytes(), "it never moves while it is written");
         assert_eq!(Answer::decode(&bytes), Ok(session));
+    }
+
+    #[test]
+    fn the_keys_of_a_session_are_not_shown_and_are_erased_when_it_is_dropped() {
+        let session = Session {
+            member: MemberNumber(1),
+            epoch: 2,
+            salt: 3,
+            keys: SessionKeys { to_index: [0xa7; 16], from_index: [0xb7; 16] },
+            heartbeat_s: 30,
+            valid_s: 86_400,
+            certificate: Certificate::issue(
+                &crate::trust::MachineKey::from_seed([1; 32]),
+                PeerId([6; 32]),
+                MemberNumber(1),
+                Role::Read,
+                "x",
+                WallTime(9),
+            ),
+            revocations: None,
+        };
+        let shown = format!("{session:?} {session:#?}").replace([' ', '\n'], "");
+        assert!(shown.contains("member"), "{shown}");
+        for key in ["167,167", "183,183", "a7,a7", "a7a7", "b7b7"] {
+            assert!(!shown.to_lowercase().contains(key), "{shown}");
+        }
+        const fn erased<T: zeroize::ZeroizeOnDrop>(_: &T) {}
+        erased(&session.keys);
     }
 
     #[test]

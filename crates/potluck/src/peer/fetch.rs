@@ -18,6 +18,7 @@ use super::Replies;
 use super::engine::{Content, Engine, Phase, dice};
 use super::neighbours::{Known, MAX_NEIGHBOURS, META_PATIENCE, Opened, SEARCH_EVERY};
 use super::notes::KnownName;
+use super::requests::lie;
 use super::stats::Before;
 use crate::clock;
 use crate::control::{Event, Source};
@@ -34,6 +35,8 @@ pub(super) struct Fetch {
     pub(super) swarm: Option<Swarm>,
     pub(super) target: PathBuf,
     pub(super) size: u64,
+    /// What a host says of its size, where that is something else.
+    pub(super) other_size: Option<u64>,
     /// Why it stands still by decision: a person's, or a failure's.
     pub(super) paused: Option<Error>,
     pub(super) overwrite: bool,
@@ -77,6 +80,7 @@ impl Fetch {
             swarm: None,
             target,
             size,
+            other_size: None,
             paused: None,
             overwrite,
             askers: Vec::new(),
@@ -570,6 +574,7 @@ impl Engine {
                 self.drop_host(from, Goodbye::TimedOut, "the list of pieces did not come");
                 self.want_meta(id);
             }
+            self.leave_silent(id, now);
             self.connect(id);
             self.tell_askers(id, now);
             let Some(fetch) = self.fetch_mut(id) else { continue };
@@ -640,8 +645,15 @@ impl Engine {
             .map_or_else(|| id.short(), |n| format!("{}@{}", n.record.name, n.record.version));
         let seconds = without.as_secs();
         let reachable = self.line.as_ref().is_some_and(super::network::Line::is_up);
+        let certificate = self.line.as_ref().map(|line| &line.membership.certificate);
+        let timely = certificate.is_none_or(|c| c.is_timely(clock::wall()).is_ok());
         let Some(fetch) = self.fetch_mut(id) else { return interrupted() };
         let (here, size) = (fetch.have_bytes(), fetch.size);
+        if let (None, Some(other)) = (&fetch.swarm, fetch.other_size) {
+            return lie(format!(
+                "the index says that {what} has {size} bytes, a host says {other}: one of them is wrong"
+            ));
+        }
         let missing = fetch.swarm.as_ref().map_or_else(
             || format!("all {size} bytes of {what}"),
             |swarm| {
@@ -655,9 +667,14 @@ impl Engine {
             },
         );
         let index = if reachable { "" } else { "; the index does not answer either" };
+        let clock = if timely {
+            ""
+        } else {
+            ". This machine's clock may be wrong: by it, its own certificate is not valid, nor would others' be"
+        };
         Error::new(
             ErrorKind::NoSource,
-            format!("no peer that is reachable has {missing}: none came for {seconds} s{index}"),
+            format!("no peer that is reachable has {missing}: none came for {seconds} s{index}{clock}"),
         )
         .hint(format!(
             "what came is kept: when a host is back, go on with potluck get {what} (potluck find {what} tells who has it)"

@@ -10,7 +10,7 @@ use potluck_core::wire::datagram::{Ack, List, Request as Question, Row, RowKey};
 use super::Replies;
 use super::engine::Engine;
 use super::network::no_network;
-use super::requests::link_error;
+use super::requests::{lie, link_error};
 use crate::clock;
 use crate::control::{self, Event};
 use crate::desk;
@@ -64,6 +64,16 @@ impl Engine {
         let then: Listed = Box::new(then);
         self.ask(question, move |engine, answer| match answer {
             Ok(Ack::Page(page)) => {
+                // Else a page could be asked for again and again, without end.
+                let goes_on = page.rows.iter().map(|row| &row.key).is_sorted_by(|a, b| a < b)
+                    && match (rows.last(), page.rows.first()) {
+                        (Some(last), Some(first)) => last.key < first.key,
+                        (_, None) => !page.more,
+                        (None, Some(_)) => true,
+                    };
+                if !goes_on {
+                    return then(engine, Err(lie("the index lists rows out of order".into())));
+                }
                 rows.extend(page.rows);
                 match rows.last().map(|row| row.key.clone()) {
                     Some(last) if page.more && rows.len() < MAX_LISTING => {

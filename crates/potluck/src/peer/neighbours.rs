@@ -29,6 +29,9 @@ const MAX_TOLD: usize = 64;
 const MAX_EARLY: usize = 4_096;
 /// A host that was asked for metadata and gave none for so long is left for another.
 pub(super) const META_PATIENCE: Duration = Duration::from_secs(5);
+/// A host that does not answer whether it has the content is left for others after this, and asked again
+/// later: it may be waiting for the list of pieces itself.
+const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the index is asked for further hosts, while there are few.
 pub(super) const SEARCH_EVERY: Duration = Duration::from_secs(3);
 /// How long a host that sent a bad piece is not spoken to.
@@ -44,11 +47,14 @@ pub(super) struct Known {
     pub(super) backoff: Backoff,
     /// The last try to reach it failed.
     pub(super) unreached: bool,
+    /// So often it was tried, and did not answer.
+    fruitless: u32,
 }
 
 /// A channel open for this content.
 pub(super) struct Opened {
     pub(super) channel: u16,
+    since: Moment,
     /// The host's answer came.
     pub(super) answered: bool,
     /// What it said before the swarm was there.
@@ -67,6 +73,7 @@ impl Known {
             next_try: Moment::ZERO,
             backoff: patience(),
             unreached: false,
+            fruitless: 0,
         }
     }
 }
@@ -163,19 +170,22 @@ impl Engine {
         }
         let connected = fetch.known.values().filter(|k| k.conn.is_some()).count();
         let told = fetch.known.values().filter(|k| k.told && k.conn.is_some()).count();
-        let mut wanted: Vec<(bool, PeerId, SocketAddr)> = fetch
+        let mut wanted: Vec<(bool, u32, PeerId, SocketAddr)> = fetch
             .known
             .iter()
             .filter(|(peer, k)| k.conn.is_none() && k.next_try <= now && !banned.contains(peer))
-            .map(|(peer, k)| (k.told, *peer, k.address))
+            .map(|(peer, k)| (k.told, k.fruitless, *peer, k.address))
             .collect();
         shuffle(&mut wanted);
+        // Each once before any twice: so those that fall silent, however many, hide the others for no
+        // longer than it takes to find that out of each.
+        wanted.sort_by_key(|(_, fruitless, ..)| *fruitless);
         // Whom the index knows first; others never take all places.
         let (mut wanted, mut others): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|w| !w.0);
         others.truncate((MAX_NEIGHBOURS / 2).saturating_sub(told));
         wanted.append(&mut others);
         wanted.truncate(MAX_NEIGHBOURS.saturating_sub(connected));
-        for (_, peer, address) in wanted {
+        for (.., peer, address) in wanted {
             let conn = match self.connected_to(peer).map_or_else(|| self.dial(peer, address), Ok) {
                 Ok(conn) => conn,
                 Err(e) => return warn!(error = %e, "cannot dial"),
@@ -230,7 +240,14 @@ impl Engine {
         let address = conn.address;
         fetch.opened.insert(
             id,
-            Opened { channel, answered: false, have: None, more: None, grants: Vec::new() },
+            Opened {
+                channel,
+                since: now,
+                answered: false,
+                have: None,
+                more: None,
+                grants: Vec::new(),
+            },
         );
         let known = fetch.known.entry(conn.peer).or_insert_with(|| Known::new(address));
         known.conn = Some(id);
@@ -249,6 +266,7 @@ impl Engine {
         let plausible = size == fetch.size && (manifest > 0) == (content.kind == Kind::Folder);
         if !plausible {
             debug!(content = ?content, size, "a host tells another size");
+            fetch.other_size = Some(size).filter(|size| *size != fetch.size);
             self.drop_host(id, Goodbye::Protocol, "the size is not the content's");
             return;
         }
@@ -472,6 +490,7 @@ impl Engine {
             {
                 known.conn = None;
                 known.unreached = !conn.up;
+                known.fruitless += u32::from(!conn.up);
                 // One that was up and went may be back at once; one that was never reached waits longer.
                 let wait = match (why.fault(), conn.up) {
                     (Fault::Theirs, _) => BAN,
@@ -490,6 +509,24 @@ impl Engine {
             if fetch.meta.is_some_and(|(from, _)| from == id) {
                 fetch.meta = None;
                 self.want_meta(content);
+            }
+        }
+    }
+
+    /// Leaves those that do not answer whether they have the content: their places are for others.
+    pub(super) fn leave_silent(&mut self, id: ContentId, now: Moment) {
+        let Some(fetch) = self.fetch_mut(id) else { return };
+        let silent =
+            |(_, o): &(&ConnId, &Opened)| !o.answered && now.since(o.since) > OPEN_PATIENCE;
+        let silent = fetch.opened.iter().filter(silent).map(|(conn, o)| (*conn, o.channel));
+        for (conn, number) in silent.collect::<Vec<_>>() {
+            let Some(on) = self.conns.get_mut(&conn) else { continue };
+            on.ours.remove(&number);
+            on.connection.tell(Command::Close { channel: Channel { number, opener: Side::Us } });
+            let peer = on.peer;
+            self.on_host_closed(conn, id);
+            if let Some(known) = self.fetch_mut(id).and_then(|fetch| fetch.known.get_mut(&peer)) {
+                known.fruitless += 1;
             }
         }
     }

@@ -13,7 +13,7 @@ use potluck_core::link::{Link, Output};
 use potluck_core::time::Moment;
 use potluck_core::trust::{Invitation, MachineKey, RevocationList, Role, join_tag};
 use potluck_core::wire::datagram::MAX_DATAGRAM;
-use potluck_core::wire::desk::{Answer, Ask, Join, Session};
+use potluck_core::wire::desk::{Answer, Ask, DeskCode, Join, Session};
 use tracing::{debug, info, warn};
 
 use super::engine::{Engine, Input, dice};
@@ -43,6 +43,8 @@ pub(super) struct Line {
     fetching: bool,
     /// The index answered last time.
     reachable: bool,
+    /// What was said last of a session that was not given: said once.
+    complaint: String,
     next_load: Moment,
 }
 
@@ -63,6 +65,14 @@ impl Line {
     /// Whether the index answers.
     pub(super) fn is_up(&self) -> bool {
         self.socket.is_some() && self.reachable
+    }
+
+    /// Says why there is no session, once for as long as it is the same.
+    fn complains(&mut self, error: &Error) {
+        if self.complaint != error.message {
+            self.complaint.clone_from(&error.message);
+            warn!(error = %error, hint = error.hint.as_deref(), "this machine is not let in by the index");
+        }
     }
 }
 
@@ -95,6 +105,7 @@ impl Engine {
             socket: None,
             fetching: false,
             reachable: false,
+            complaint: String::new(),
             next_load: clock::now(),
         });
         self.publish_identity();
@@ -310,30 +321,43 @@ impl Engine {
                 let ask = Ask::Session { label, revocations, certificate };
                 let (_, answer, used) =
                     desk::ask(&key, &index, Expect::Pinned(network), |_, _| ask, DESK_PATIENCE)?;
-                match answer {
-                    Answer::Session(session) => Ok((session, used)),
-                    Answer::Refused(refusal) => Err(desk::refused(&refusal)),
-                    _ => Err(desk::unexpected()),
-                }
+                Ok((answer, used))
             },
             Self::on_session,
         );
     }
 
-    fn on_session(&mut self, result: Result<(Box<Session>, SocketAddr)>) {
+    fn on_session(&mut self, result: Result<(Answer, SocketAddr)>) {
         let now = clock::now();
         let Some(line) = &mut self.line else { return };
         line.fetching = false;
-        let outcome = result.and_then(|(session, used)| self.adopt(*session, used));
+        let outcome = result.and_then(|(answer, used)| match answer {
+            Answer::Session(session) => self.adopt(*session, used),
+            Answer::Refused(refusal) if refusal.code == DeskCode::Removed => {
+                self.on_removed(&desk::refused(&refusal));
+                Ok(())
+            }
+            Answer::Refused(refusal) => Err(desk::refused(&refusal)),
+            _ => Err(desk::unexpected()),
+        });
         let Some(line) = &mut self.line else { return };
         if let Err(error) = outcome {
             debug!(error = %error, "no session with the index");
             if error.kind == ErrorKind::Refused {
-                warn!(error = %error, "the index refuses this machine");
+                line.complains(&error);
+            } else {
+                line.reachable = false;
             }
-            line.reachable = false;
             line.link.on_session_failed(now);
         }
+    }
+
+    /// This machine was removed: said once, and from now on the index is seldom asked.
+    fn on_removed(&mut self, error: &Error) {
+        let Some(line) = &mut self.line else { return };
+        line.complains(error);
+        line.reachable = false;
+        line.link.on_removed(clock::now());
     }
 
     /// Takes over a session: its keys, the renewed certificate, a newer revocation list.
@@ -360,11 +384,14 @@ impl Engine {
             })?;
             m.revocations = list;
         }
-        if line.socket.as_ref().is_none_or(|socket| socket.index != used) {
+        // After a silence as well: a socket keeps the address that this machine had when it was opened.
+        let silent = !line.reachable;
+        if line.socket.as_ref().is_none_or(|socket| silent || socket.index != used) {
             self.lines_made += 1;
             line.socket = Some(open_socket(used, self.lines_made, self.inbox.clone())?);
         }
         line.reachable = true;
+        line.complaint.clear();
         line.link.on_session(clock::now(), session);
         let membership = line.membership.clone();
         self.notes().set_membership(Some(&membership))?;

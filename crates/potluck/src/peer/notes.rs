@@ -6,7 +6,7 @@
 //! | `network` | network key 32 · count u8 · so many (length u8, `host:port`) · certificate (length u16) · revocation list |
 //! | `founded` | `host:port` listened on, as text: this peer also runs the index |
 //! | `name/ID` | 1 if published here, 0 if fetched · a name record |
-//! | `seen/NAME` | publisher 32 · version u32 |
+//! | `seen/NETWORK/NAME` | publisher 32 · version u32 |
 //! | `paused/ID` | empty |
 //! | `limits` | bytes a second sent u64 · received u64, 0 is no limit |
 
@@ -101,8 +101,12 @@ impl Notes<'_> {
     }
 
     /// The highest version of `name` this machine has seen, and who published it.
-    pub(crate) fn seen(&self, name: &Name) -> Result<Option<(PeerId, Version)>> {
-        self.read(&format!("seen/{name}"), |bytes| {
+    pub(crate) fn seen(
+        &self,
+        network: NetworkId,
+        name: &Name,
+    ) -> Result<Option<(PeerId, Version)>> {
+        self.read(&format!("seen/{network}/{name}"), |bytes| {
             let mut r = Reader::new(bytes);
             let seen = (PeerId(r.array()?), r.version()?);
             r.end()?;
@@ -110,10 +114,16 @@ impl Notes<'_> {
         })
     }
 
-    pub(crate) fn set_seen(&self, name: &Name, by: PeerId, version: Version) -> Result<()> {
+    pub(crate) fn set_seen(
+        &self,
+        network: NetworkId,
+        name: &Name,
+        by: PeerId,
+        version: Version,
+    ) -> Result<()> {
         let mut out = by.0.to_vec();
         out.u32(version.0);
-        self.0.set_note(&format!("seen/{name}"), Some(&out))
+        self.0.set_note(&format!("seen/{network}/{name}"), Some(&out))
     }
 
     pub(crate) fn is_paused(&self, id: ContentId) -> Result<bool> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use potluck_core::id::{ContentId, Name, PeerId, Query, Version};
+use potluck_core::id::{ContentId, Name, NetworkId, PeerId, Query, Version};
 use potluck_core::limit::Limit;
 use potluck_core::link::LinkError;
 use potluck_core::time::Moment;
@@ -155,14 +155,28 @@ impl Engine {
         let replica = replica.clone();
         let search = Search { target: Target::Name(name.clone(), None), hosts: 1, avoid: vec![] };
         self.ask(Question::Search(search), move |engine, answer| {
-            let known = match answer {
-                Ok(Ack::Found(found)) => found.record.map(|r| (r.publisher, r.version, r.id)),
-                Ok(_) => None,
-                Err(LinkError::Refused(refusal)) => engine.own_record(&name, &refusal),
-                // Without the index the best guess is what was published from here.
-                Err(_) => engine.own_latest(&name),
-            };
             let own = engine.key.peer();
+            let latest = engine.own_latest(&name);
+            let known = match answer {
+                Ok(Ack::Found(found)) => match engine.record_of(&name, None, &found) {
+                    Ok(r) => Some((r.publisher, r.version, r.id)),
+                    Err(e) => return replies.fail(&e),
+                },
+                Ok(_) => return replies.fail(&desk::unexpected()),
+                // Nobody has a claim that the index knows of.
+                Err(LinkError::Refused(Refusal { code: Code::NotFound, .. })) => None,
+                // Without the index, or without a host, the best guess is what is known here.
+                Err(_) => latest,
+            };
+            // Of its own names a publisher knows best: no version is signed twice.
+            let newest = latest.filter(|(by, ..)| *by == own);
+            let known = match (known, newest) {
+                (None, newest) => newest,
+                (Some((by, version, _)), Some(newest)) if by == own && newest.1 > version => {
+                    Some(newest)
+                }
+                (known, _) => known,
+            };
             let version = match known {
                 None => Some(Version(1)),
                 Some((by, version, id)) if by == own && id == replica.id() => Some(version),
@@ -181,18 +195,14 @@ impl Engine {
         });
     }
 
-    /// What is known here of a name that has no host now.
-    fn own_record(&self, name: &Name, refusal: &Refusal) -> Option<(PeerId, Version, ContentId)> {
-        match refusal.code {
-            Code::NoHosts => self.own_latest(name),
-            _ => None,
-        }
-    }
-
+    /// What is known here of a name.
     fn own_latest(&self, name: &Name) -> Option<(PeerId, Version, ContentId)> {
+        let network = self.line.as_ref()?.membership.network;
         let here = self.contents.values().filter_map(|c| c.name.as_ref()).map(|n| &n.record);
-        let newest = here.filter(|r| r.name == *name).max_by_key(|r| r.version);
-        let seen = self.notes().seen(name).ok().flatten();
+        // Another network's records are no word in this one.
+        let newest =
+            here.filter(|r| r.name == *name && r.check(network).is_ok()).max_by_key(|r| r.version);
+        let seen = self.notes().seen(network, name).ok().flatten();
         match (newest, seen) {
             (Some(r), Some((by, version))) if version <= r.version || by != r.publisher => {
                 Some((r.publisher, r.version, r.id))
@@ -220,9 +230,12 @@ impl Engine {
         if let Some(old) = self.remove(id) {
             name = name.or(old.name);
         }
-        let kept = self.notes().set_name_of(id, name.as_ref()).and_then(|()| match &name {
-            Some(n) => self.notes().set_seen(&n.record.name, n.record.publisher, n.record.version),
-            None => Ok(()),
+        let network = self.line.as_ref().map(|line| line.membership.network);
+        let kept = self.notes().set_name_of(id, name.as_ref()).and_then(|()| {
+            let Some((KnownName { record: r, .. }, network)) = name.as_ref().zip(network) else {
+                return Ok(());
+            };
+            self.notes().set_seen(network, &r.name, r.publisher, r.version)
         });
         if let Err(e) = kept {
             return replies.fail(&e);
@@ -468,53 +481,66 @@ impl Engine {
     /// Whether the index's answer is what was asked for, and no older than what was seen before: the
     /// index is not trusted for content, and content proves itself.
     fn believe(&self, query: &Query, found: &Found) -> Result<Option<KnownName>> {
-        let lie = |text: String| {
-            Err(Error::new(ErrorKind::Integrity, text)
-                .hint("the index may be broken or hostile: ask its operator; potluck find shows what it says"))
-        };
         let (name, version) = match query {
             Query::Id(id) if *id == found.id => return Ok(None),
             Query::Id(id) => {
-                return lie(format!("asked for {id}, the index answered with {}", found.id));
+                let text = format!("asked for {id}, the index answered with {}", found.id);
+                return Err(lie(text));
             }
             Query::Name(name, version) => (name, *version),
         };
+        let record = self.record_of(name, version, found)?;
+        let network = self.network()?;
+        let before = self.notes().seen(network, name)?;
+        if let Some((publisher, seen)) = before {
+            if publisher != record.publisher {
+                return Err(lie(format!(
+                    "the name {name} was {}'s and is now {}'s",
+                    publisher.short(),
+                    record.publisher.short()
+                )));
+            }
+            if version.is_none() && record.version < seen {
+                return Err(lie(format!(
+                    "the index says that the newest {name} is version {}, but this machine has seen version {seen}",
+                    record.version
+                )));
+            }
+        }
+        let newest = before.map_or(record.version, |(_, seen)| seen.max(record.version));
+        self.notes().set_seen(network, name, record.publisher, newest)?;
+        Ok(Some(KnownName { published_here: false, record: record.clone() }))
+    }
+
+    fn network(&self) -> Result<NetworkId> {
+        self.line.as_ref().map(|line| line.membership.network).ok_or_else(no_network)
+    }
+
+    /// The record in an answer about `name`, where it is its publisher's word and what was asked for.
+    fn record_of<'a>(
+        &self,
+        name: &Name,
+        version: Option<Version>,
+        found: &'a Found,
+    ) -> Result<&'a NameRecord> {
         let Some(record) = &found.record else {
-            return lie(format!("the index gave no signed record for the name {name}"));
+            return Err(lie(format!("the index gave no signed record for the name {name}")));
         };
-        let network =
-            self.line.as_ref().map(|line| line.membership.network).ok_or_else(no_network)?;
+        let network = self.network()?;
         if record.name != *name
             || record.id != found.id
             || version.is_some_and(|v| v != record.version)
         {
-            return lie(format!(
+            let query = Query::Name(name.clone(), version);
+            return Err(lie(format!(
                 "asked for {query}, the index answered with {}@{}",
                 record.name, record.version
-            ));
+            )));
         }
         if let Err(e) = record.check(network) {
-            return lie(format!("the record of {query} is not to be believed: {e}"));
+            return Err(lie(format!("the record of {name} is not to be believed: {e}")));
         }
-        if let Some((publisher, seen)) = self.notes().seen(name)? {
-            if publisher != record.publisher {
-                return lie(format!(
-                    "the name {name} was {}'s and is now {}'s",
-                    publisher.short(),
-                    record.publisher.short()
-                ));
-            }
-            if version.is_none() && record.version < seen {
-                return lie(format!(
-                    "the index says that the newest {name} is version {}, but this machine has seen version {seen}",
-                    record.version
-                ));
-            }
-        }
-        let newest =
-            self.notes().seen(name)?.map_or(record.version, |(_, v)| v.max(record.version));
-        self.notes().set_seen(name, record.publisher, newest)?;
-        Ok(Some(KnownName { published_here: false, record: record.clone() }))
+        Ok(record)
     }
 
     // ---- find, verify
@@ -650,6 +676,13 @@ fn left_out(skipped: &Skipped) -> Option<String> {
         let more = if skipped.count > first.len() as u64 { " …" } else { "" };
         format!("{} links or special files are left out: {}{more}", skipped.count, first.join(", "))
     })
+}
+
+/// The index said what cannot be.
+pub(super) fn lie(text: String) -> Error {
+    Error::new(ErrorKind::Integrity, text).hint(
+        "the index may be broken or hostile: ask its operator; potluck find shows what it says",
+    )
 }
 
 fn search_for(query: &Query, hosts: u8) -> Search {

@@ -171,12 +171,16 @@ impl Puppet {
 
     /// Comes up with whoever dialled, as a member that shows this.
     pub(crate) fn answer_as(socket: TcpStream, key: &MachineKey, shown: &Certificate) -> Self {
-        let config = tls::server(key, tls::PEERS).unwrap();
-        let tls = ServerConnection::new(Arc::new(config)).unwrap();
-        let mut puppet = Self::shake_hands(socket, tls);
+        let mut puppet = Self::shake_hands_as(socket, key);
         puppet.hear(|frame| assert!(matches!(frame, Frame::Hello { .. }), "{frame:?}"));
         puppet.hello(shown);
         puppet
+    }
+
+    /// Finishes the TLS handshake with whoever dialled, and says nothing.
+    pub(crate) fn shake_hands_as(socket: TcpStream, key: &MachineKey) -> Self {
+        let config = tls::server(key, tls::PEERS).unwrap();
+        Self::shake_hands(socket, ServerConnection::new(Arc::new(config)).unwrap())
     }
 
     fn shake_hands<C, S>(mut socket: TcpStream, mut tls: C) -> Self
