@@ -47,6 +47,9 @@ enum Verb {
     /// The echoes that `bench index` measures against
     #[command(hide = true)]
     Echo(bench::echo::Args),
+    /// Run a command that ends, with all it starts, when stdin does
+    #[command(hide = true)]
+    Tether(proc::Tether),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -56,5 +59,6 @@ fn main() -> anyhow::Result<()> {
         Verb::Sim(args) => sim::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Echo(args) => bench::echo::serve(&args),
+        Verb::Tether(args) => proc::run_tethered(&args),
     }
 }

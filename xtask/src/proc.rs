@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use potluck::control::Event;
 use potluck::daemon::{Role, socket_path};
+use rustix::process::{Signal, kill_current_process_group};
 
 /// What `/proc` counts CPU time in, a second: the same on every Linux that Rust runs on.
 const TICKS: f64 = 100.0;
@@ -34,6 +36,64 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// A child that ends, with all that it has started, when this is dropped or this process ends, however
+/// that ends. It reads nothing.
+pub(crate) struct Tethered {
+    child: Child,
+    /// Its process ends the group when this closes. Not left in `child`: a wait would close it.
+    leash: Option<ChildStdin>,
+}
+
+impl Tethered {
+    /// A command for [`Tethered::spawn`].
+    pub(crate) fn command(program: impl AsRef<OsStr>) -> Result<Command> {
+        let mut command = Command::new(env::current_exe()?);
+        // A group of its own: a Ctrl-C is not for it.
+        command.arg("tether").arg(program).stdin(Stdio::piped()).process_group(0);
+        Ok(command)
+    }
+
+    pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
+        let mut child = command.spawn().with_context(|| format!("cannot run {command:?}"))?;
+        let leash = child.stdin.take();
+        Ok(Self { child, leash })
+    }
+
+    pub(crate) fn stdout(&mut self) -> Result<ChildStdout> {
+        self.child.stdout.take().context("its output is not piped")
+    }
+
+    pub(crate) fn wait(&mut self) -> Result<ExitStatus> {
+        Ok(self.child.wait()?)
+    }
+}
+
+impl Drop for Tethered {
+    fn drop(&mut self) {
+        self.leash = None;
+        let _ = self.child.wait();
+    }
+}
+
+/// What a [`Tethered`] runs.
+#[derive(clap::Args)]
+pub(crate) struct Tether {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    command: Vec<OsString>,
+}
+
+/// Runs the command and ends with its exit code; ends the whole group when stdin ends.
+pub(crate) fn run_tethered(tether: &Tether) -> Result<()> {
+    let Some((program, args)) = tether.command.split_first() else { return Ok(()) };
+    thread::spawn(|| {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        let _ = kill_current_process_group(Signal::KILL);
+    });
+    let status = Command::new(program).args(args).stdin(Stdio::null()).status();
+    let status = status.with_context(|| format!("cannot run {}", program.display()))?;
+    std::process::exit(status.code().unwrap_or(101));
 }
 
 /// The release binary, fresh from the sources. It lies beside this one's profile folder.

@@ -2,13 +2,14 @@
 //! is up, and the table of how they went. Never judges a figure: a test fails, or it does not.
 
 use std::fs;
+use std::io::{Read, Seek};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::proc;
+use crate::proc::{self, Tethered};
 use crate::table::Table;
 
 /// Where the output of what failed is kept.
@@ -20,7 +21,7 @@ const FUZZ_MEMORY: u32 = 2_048;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Go on for so long [default: each once]
+    /// Begin nothing more after so long [default: each once]
     #[arg(long, value_name = "N")]
     hours: Option<f64>,
     /// Only those whose name contains this
@@ -31,20 +32,38 @@ pub(crate) struct Args {
 /// What is done in a round.
 struct Task {
     name: String,
-    command: Command,
+    program: &'static str,
+    args: Vec<String>,
+    rounds: u32,
+}
+
+impl Task {
+    fn command(&self) -> Result<Command> {
+        let mut command = Tethered::command(self.program)?;
+        command.args(&self.args).env("POTLUCK_ROUNDS", self.rounds.to_string());
+        if self.program == "rustup" {
+            // Of the stable compiler that runs this.
+            command.env_remove("CARGO").env_remove("RUSTUP_TOOLCHAIN");
+        }
+        Ok(command)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let tasks = || tasks().into_iter().filter(|task| task.name.contains(&args.only));
     ensure!(tasks().next().is_some(), "nothing is called {:?}", args.only);
     fs::create_dir_all(KEPT).context("cannot keep what fails")?;
-    let (began, hours) = (Instant::now(), args.hours.unwrap_or_default());
+    let began = Instant::now();
+    let time_is_up = || args.hours.is_some_and(|h| began.elapsed().as_secs_f64() >= h * 3600.0);
     let mut rows: Vec<Row> = tasks().map(|task| Row::new(task.name)).collect();
-    loop {
+    'all: loop {
         for (task, row) in tasks().zip(&mut rows) {
-            row.run(task)?;
+            if time_is_up() {
+                break 'all;
+            }
+            row.run(&task)?;
         }
-        if began.elapsed().as_secs_f64() >= hours * 3600.0 {
+        if args.hours.is_none() {
             break;
         }
     }
@@ -64,11 +83,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn tasks() -> Vec<Task> {
     let test = |name: &str, rounds: u32, args: &[&str]| {
-        let mut command = Command::new("cargo");
-        command.args(["test", "--locked"]).args(args);
-        command.args(["--nocapture", "--test-threads", "1"]);
-        command.env("POTLUCK_ROUNDS", rounds.to_string());
-        Task { name: name.into(), command }
+        let args = [&["test", "--locked"], args, &["--nocapture", "--test-threads", "1"]].concat();
+        let args = args.into_iter().map(Into::into).collect();
+        Task { name: name.into(), program: "cargo", args, rounds }
     };
     let disks = ["-p", "potluck", "--test", "disks", "--"];
     let of_disks = |only: &'static str| [&disks[..], &[only]].concat();
@@ -87,13 +104,12 @@ fn tasks() -> Vec<Task> {
         targets.filter_map(|at| Some(at.path().file_stem()?.to_str()?.to_owned())).collect();
     targets.sort();
     all.extend(targets.into_iter().map(|target| {
-        let mut command = Command::new("rustup");
-        command.args(["run", "nightly", "cargo", "fuzz", "run", &target, "--"]);
-        command.arg(format!("-max_total_time={FUZZ_SECONDS}"));
-        command.arg(format!("-rss_limit_mb={FUZZ_MEMORY}"));
-        command.args(["-timeout=10", "-verbosity=0", "-print_final_stats=1"]);
-        command.env_remove("CARGO").env_remove("RUSTUP_TOOLCHAIN");
-        Task { name: format!("fuzz {target}"), command }
+        let mut args: Vec<String> =
+            ["run", "nightly", "cargo", "fuzz", "run", &target, "--"].map(Into::into).into();
+        args.push(format!("-max_total_time={FUZZ_SECONDS}"));
+        args.push(format!("-rss_limit_mb={FUZZ_MEMORY}"));
+        args.extend(["-timeout=10", "-verbosity=0", "-print_final_stats=1"].map(Into::into));
+        Task { name: format!("fuzz {target}"), program: "rustup", args, rounds: 0 }
     }));
     all
 }
@@ -113,7 +129,7 @@ impl Row {
         Self { name, runs: 0, failed: 0, skipped: 0, took: Duration::ZERO, figure: String::new() }
     }
 
-    fn run(&mut self, mut task: Task) -> Result<()> {
+    fn run(&mut self, task: &Task) -> Result<()> {
         let fuzzes = self.name.starts_with("fuzz ");
         if fuzzes && proc::find("cargo-fuzz").is_none() {
             println!("SKIPPED: {}: cargo install cargo-fuzz, and a nightly compiler", self.name);
@@ -122,8 +138,7 @@ impl Row {
         }
         println!("{} …", self.name);
         let began = Instant::now();
-        let done = task.command.stdin(Stdio::null()).output();
-        let done = done.with_context(|| format!("cannot run {:?}", task.command))?;
+        let done = output(&mut task.command()?)?;
         self.took += began.elapsed();
         self.runs += 1;
         let (said, log) =
@@ -141,6 +156,19 @@ impl Row {
         }
         Ok(())
     }
+}
+
+/// All that a command prints, which ends when this process does.
+fn output(command: &mut Command) -> Result<Output> {
+    let mut stderr = tempfile::tempfile().context("cannot keep what is said")?;
+    command.stdout(Stdio::piped()).stderr(stderr.try_clone()?);
+    let mut running = Tethered::spawn(command)?;
+    let mut done = Output { stdout: Vec::new(), stderr: Vec::new(), status: ExitStatus::default() };
+    running.stdout()?.read_to_end(&mut done.stdout)?;
+    done.status = running.wait()?;
+    stderr.rewind()?;
+    stderr.read_to_end(&mut done.stderr)?;
+    Ok(done)
 }
 
 /// What a test said, where the runner has begun the line.

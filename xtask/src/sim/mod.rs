@@ -6,13 +6,15 @@ mod mutants;
 use std::collections::BTreeSet;
 use std::env;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Parser;
 use potluck_core::sim::whole_world::{Fault, MARKS, Plan, run as run_world, traced};
 use potluck_core::time::{Duration, Moment};
+
+use crate::proc::Tethered;
 
 /// Failing seeds that are looked into and named.
 const MOST_FAILED: usize = 20;
@@ -212,14 +214,11 @@ fn elsewhere(
     troubled: u64,
 ) -> Result<Outcome> {
     let arguments = arguments(seed, seeds, without, machines, troubled);
-    let mut worker = Command::new(env::current_exe()?)
-        .args(["sim", "--work"])
-        .args(&arguments[1..])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .context("cannot start a worker")?;
-    let output = worker.stdout.take().context("a worker has no output")?;
+    let mut command = Tethered::command(env::current_exe()?)?;
+    command.args(["sim", "--work"]).args(&arguments[1..]);
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut worker = Tethered::spawn(&mut command)?;
+    let output = worker.stdout()?;
     let mut outcome = Outcome::default();
     for line in BufReader::new(output).lines() {
         let line = line?;

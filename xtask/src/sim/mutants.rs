@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::proc::Running;
+use crate::proc::Tethered;
 use crate::table::Table;
 
 /// A breakage whose tests take longer than this is noticed by that: something never ends.
@@ -235,7 +235,7 @@ fn build(root: &Path, copy: &Path) -> Result<PathBuf> {
 
 /// Runs tests with a mutant turned on, until one fails; names it.
 fn test(tests: &Path, mutant: Option<usize>, which: &[&str]) -> Result<Option<String>> {
-    let mut command = Command::new(tests);
+    let mut command = Tethered::command(tests)?;
     command.args(which).stdout(Stdio::piped()).stderr(Stdio::null());
     // What property tests find here is not to be kept.
     command.env("PROPTEST_FAILURE_PERSISTENCE", "off").env("PROPTEST_CASES", CASES);
@@ -243,8 +243,8 @@ fn test(tests: &Path, mutant: Option<usize>, which: &[&str]) -> Result<Option<St
         Some(number) => command.env(SWITCH, number.to_string()),
         None => command.env_remove(SWITCH),
     };
-    let mut running = Running(command.spawn().context("cannot run the tests")?);
-    let output = running.0.stdout.take().context("the tests have no output")?;
+    let mut running = Tethered::spawn(&mut command)?;
+    let output = running.stdout()?;
     let (lines, heard) = channel();
     thread::spawn(move || {
         // It ends with the tests' output, or when nobody listens any more.
@@ -265,7 +265,7 @@ fn test(tests: &Path, mutant: Option<usize>, which: &[&str]) -> Result<Option<St
             }
         }
     }
-    let status = running.0.wait()?;
+    let status = running.wait()?;
     Ok((!status.success()).then(|| format!("the tests ended with {status}")))
 }
 

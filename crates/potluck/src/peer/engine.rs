@@ -58,11 +58,13 @@ pub(super) enum Input {
     /// A datagram of the index, on the line of this number.
     Datagram { line: u32, bytes: Vec<u8> },
     /// A job is done; this is what to do with its result.
-    Then(Box<dyn FnOnce(&mut Engine) + Send>),
+    Then(Then),
     /// The process stops.
     Stop,
 }
 
+/// What is to be done on the one thread.
+type Then = Box<dyn FnOnce(&mut Engine) + Send>;
 /// What to do with the answer of the index.
 type Answered = Box<dyn FnOnce(&mut Engine, Result<Ack, LinkError>) + Send>;
 
@@ -163,6 +165,9 @@ pub(super) struct Engine {
     next_number: u32,
     next_housekeeping: Moment,
     jobs: usize,
+    /// The store is removing what was withdrawn, and what is done once it has.
+    cleaning: bool,
+    once_clean: Vec<Then>,
     pub(super) inbox: Sender<Input>,
     _acceptor: transfer::Listener,
 }
@@ -208,6 +213,8 @@ impl Engine {
             next_number: 0,
             next_housekeeping: clock::now(),
             jobs: 0,
+            cleaning: false,
+            once_clean: Vec::new(),
             inbox,
             _acceptor: acceptor,
         }
@@ -372,19 +379,57 @@ impl Engine {
             return then(self, Err(busy.hint("try again when some are done")));
         }
         self.jobs += 1;
+        let then = |engine: &mut Self, result: Result<T>| {
+            engine.jobs -= 1;
+            then(engine, result);
+        };
+        if !self.begin_job(work, then) {
+            // `then` went with the thread that did not start: whoever waits sees its channel close.
+            self.jobs -= 1;
+        }
+    }
+
+    /// Removes from the disk what the store has retired, and then does this; one such job at a time.
+    pub(super) fn once_clean(&mut self, then: impl FnOnce(&mut Self) + Send + 'static) {
+        self.once_clean.push(Box::new(then));
+        if !self.cleaning {
+            self.clean();
+        }
+    }
+
+    fn clean(&mut self) {
+        let (store, once_clean) = (self.store.clone(), std::mem::take(&mut self.once_clean));
+        let work = move || {
+            store.clean();
+            Ok(())
+        };
+        let then = |engine: &mut Self, _: Result<()>| {
+            engine.cleaning = false;
+            for then in once_clean {
+                then(engine);
+            }
+            if !engine.cleaning && !engine.once_clean.is_empty() {
+                engine.clean();
+            }
+        };
+        self.cleaning = self.begin_job(work, then);
+    }
+
+    /// False if there is no thread for it.
+    fn begin_job<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+        then: impl FnOnce(&mut Self, Result<T>) + Send + 'static,
+    ) -> bool {
         let inbox = self.inbox.clone();
         let started = spawn("job", move || {
             let result = work();
-            let _ = inbox.send(Input::Then(Box::new(move |engine| {
-                engine.jobs -= 1;
-                then(engine, result);
-            })));
+            let _ = inbox.send(Input::Then(Box::new(move |engine| then(engine, result))));
         });
-        if let Err(e) = started {
-            // `then` went with the thread that did not start: whoever waits sees its channel close.
-            self.jobs -= 1;
+        if let Err(e) = &started {
             warn!(error = %e, "a job was not started");
         }
+        started.is_ok()
     }
 
     /// Asks the index; `then` gets its answer here.
@@ -610,6 +655,7 @@ impl Engine {
         }
         self.hang_up();
         self.index = None;
+        self.store.clean();
         if let Err(e) = self.store.flush() {
             warn!(error = %e, "what came last is fetched again at the next start");
         }

@@ -307,10 +307,9 @@ impl Engine {
     ) {
         let Some(fetch) = self.fetch_mut(content) else {
             // Unshared meanwhile: nothing of it is to stay.
-            if result.is_ok()
-                && let Err(e) = self.store.forget(&content)
-            {
-                warn!(error = %e, "a fetch that was called off leaves files behind");
+            if result.is_ok() {
+                self.store.retire(&content, Vec::new());
+                self.once_clean(|_| ());
             }
             return;
         };

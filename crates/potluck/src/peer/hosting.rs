@@ -187,9 +187,8 @@ impl Engine {
         if let Some(line) = &mut self.line {
             line.link.withdraw(clock::now(), id);
         }
-        if let Err(e) = self.store.forget(&id) {
-            warn!(error = %e, "cannot forget a withdrawn content");
-        }
+        self.store.retire(&id, Vec::new());
+        self.once_clean(|_| ());
         self.add(id, content.name, Phase::Lost { path, size, why: why.to_owned() });
     }
 

@@ -126,6 +126,11 @@ impl Notes<'_> {
         self.0.set_note(&format!("seen/{network}/{name}"), Some(&out))
     }
 
+    /// The keys of all that is kept of one content.
+    pub(crate) fn of(id: ContentId) -> Vec<String> {
+        vec![format!("name/{id}"), format!("paused/{id}")]
+    }
+
     pub(crate) fn is_paused(&self, id: ContentId) -> Result<bool> {
         Ok(self.0.note(&format!("paused/{id}"))?.is_some())
     }

@@ -23,7 +23,7 @@ use super::engine::{Content, Engine, Phase};
 use super::fetch::{Asker, free_name, target_of};
 use super::members::members_event;
 use super::network::no_network;
-use super::notes::KnownName;
+use super::notes::{KnownName, Notes};
 use crate::clock;
 use crate::control::{
     BadContent, Connection, ContentStatus, Event, FoundHost, IfExists, Request, Status,
@@ -324,7 +324,9 @@ impl Engine {
         for id in &ids {
             self.withdraw(*id);
         }
-        replies.send(Event::Unshared { ids: ids.iter().map(ToString::to_string).collect() });
+        let unshared = Event::Unshared { ids: ids.iter().map(ToString::to_string).collect() };
+        let replies = replies.clone();
+        self.once_clean(move |_| replies.tell(unshared));
     }
 
     /// Hosts `id` no more. A finished file stays; a half-fetched one goes.
@@ -337,14 +339,8 @@ impl Engine {
         if let Some(line) = &mut self.line {
             line.link.withdraw(clock::now(), id);
         }
-        let forgotten = self
-            .store
-            .forget(&id)
-            .and_then(|()| self.notes().set_name_of(id, None))
-            .and_then(|()| self.notes().set_paused(id, false));
-        if let Err(e) = forgotten {
-            warn!(error = %e, "cannot forget a content");
-        }
+        self.store.retire(&id, Notes::of(id));
+        self.once_clean(|_| ());
     }
 
     /// What a person means by a name, id or path among the contents here.

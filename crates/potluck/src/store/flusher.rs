@@ -44,6 +44,11 @@ impl Bell {
         }
     }
 
+    /// Something else failed that the next flush does.
+    pub(super) fn again(&self) {
+        self.written(1);
+    }
+
     /// Waits while too much waits for the disk. To be called with nothing locked that a flush needs.
     pub(super) fn wait_for_room(&self) {
         if self.dirty.load(Ordering::Acquire) < MAX_DIRTY {
@@ -82,8 +87,7 @@ impl Bell {
             let last = self.stopped();
             let taken = self.unsynced.swap(0, Ordering::AcqRel);
             if !flush() {
-                self.dirty.fetch_add(1, Ordering::AcqRel);
-                self.unsynced.fetch_add(1, Ordering::AcqRel);
+                self.again();
             }
             // Also where it failed: a disk that is broken must not stop what goes to others.
             self.dirty.fetch_sub(taken, Ordering::AcqRel);

@@ -5,6 +5,9 @@
 //! After a failed sync the system counts pages as clean that never reached the disk. So every piece
 //! since the last good sync is in doubt: it is read back, verified, written and synced once more
 //! before the journal claims it.
+//!
+//! A piece is lost in this order: the journal notes it (at the latest before it notes anything else),
+//! then it counts as missing, and only then can it be put again and claimed anew.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
@@ -74,15 +77,6 @@ impl At {
     }
 }
 
-/// What a look at the files found.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Inspected {
-    /// All are there, with these stamps.
-    Good(Vec<Stamp>),
-    /// These pieces are not.
-    Lost(Vec<Piece>),
-}
-
 /// What was written since the last good sync.
 #[derive(Debug, Default)]
 struct Unsynced {
@@ -145,8 +139,8 @@ impl Growing {
         };
         let held = really_there(&growing.content, &part, &root, claimed);
         let lost: Vec<Piece> = claimed.iter().filter(|piece| !held.has(*piece)).collect();
-        if !lost.is_empty() {
-            lock(&growing.journal).append(&[Record::Lost(lost)])?;
+        if let Err(error) = lock(&growing.journal).lose(&lost) {
+            tracing::warn!(%error, path = %part.display(), "cannot note yet that pieces are gone");
         }
         *lock(&growing.root) = Some(Arc::new(root));
         Ok((growing, held))
@@ -178,9 +172,15 @@ impl Growing {
         lock(&self.at).clone()
     }
 
-    /// Writes a piece at its place; not durable yet. Where nothing but zeroes are to be, a hole is as
-    /// good: sparse files (disk images, databases) stay so.
-    pub(super) fn write(&self, piece: Piece, parts: &[&[u8]]) -> io::Result<()> {
+    /// Writes a piece at its place; not durable yet. `held` is called when the next flush knows of it,
+    /// and before anybody can lose it. Where nothing but zeroes are to be, a hole is as good: sparse
+    /// files (disk images, databases) stay so.
+    pub(super) fn write<T>(
+        &self,
+        piece: Piece,
+        parts: &[&[u8]],
+        held: impl FnOnce() -> T,
+    ) -> io::Result<T> {
         let place = self.content.layout.place(piece).ok_or(io::ErrorKind::NotFound)?;
         let failed_before = self.failed_syncs.load(Ordering::Acquire);
         let file = self.file_to_write(place.file)?;
@@ -200,7 +200,7 @@ impl Growing {
         } else {
             unsynced.doubtful.push(piece);
         }
-        Ok(())
+        Ok(held())
     }
 
     /// Reads a piece into `parts`, which have room for exactly that.
@@ -247,7 +247,8 @@ impl Growing {
         })
     }
 
-    /// The temporary file or folder; made anew, empty and with nothing claimed, where it is gone.
+    /// The temporary file or folder; made anew, and empty, where it is gone. Where it was not there
+    /// (its disk was away) none of its pieces is held now, so none is claimed either.
     fn root(&self) -> io::Result<Arc<File>> {
         let root = &mut *lock(&self.root);
         if let Some(root) = root {
@@ -257,22 +258,28 @@ impl Growing {
             return Err(io::Error::other("it is no longer fetched"));
         }
         let part = self.at().part;
-        let file = match open_part(&self.content, &part) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                lock(&self.journal).append(&[Record::Nothing])?;
-                make_part(&self.content, &part)?
-            }
-            other => other?,
+        let there = match open_part(&self.content, &part) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            other => Some(other?),
+        };
+        lock(&self.journal).append(&Record::Nothing)?;
+        let file = match there {
+            Some(file) => file,
+            None => make_part(&self.content, &part)?,
         };
         Ok(Arc::clone(root.insert(Arc::new(file))))
     }
 
-    /// Makes durable, then claims, what was written; adds to `lost` what was in doubt and turned out
+    /// Makes durable, then claims, what was written; `missing` is told what was in doubt and turned out
     /// bad. After an error nothing was claimed, and the next call tries again.
-    pub(super) fn flush(&self, lost: &mut Vec<Piece>) -> io::Result<()> {
+    pub(super) fn flush(&self, missing: impl FnOnce(&[Piece])) -> io::Result<()> {
         let _turn = lock(&self.flushing);
         let doubtful = std::mem::take(&mut lock(&self.unsynced).doubtful);
-        self.write_again(doubtful, lost);
+        let lost = self.write_again(doubtful);
+        // One that was written twice may be claimed already.
+        let noted = lock(&self.journal).lose(&lost);
+        missing(&lost);
+        noted?;
         let mut batch = std::mem::take(&mut *lock(&self.unsynced));
         if batch.is_empty() {
             return Ok(());
@@ -296,7 +303,7 @@ impl Growing {
             return Ok(());
         }
         let record = Record::Held(batch.pieces);
-        let appended = lock(&self.journal).append(std::slice::from_ref(&record));
+        let appended = lock(&self.journal).append(&record);
         if let (Err(_), Record::Held(pieces)) = (&appended, record) {
             lock(&self.unsynced).pieces.extend(pieces);
         }
@@ -319,21 +326,24 @@ impl Growing {
         batch.files.values().try_for_each(|file| file.sync_data())
     }
 
-    fn write_again(&self, doubtful: Vec<Piece>, lost: &mut Vec<Piece>) {
-        let mut bytes = Vec::new();
+    /// Those of them that are lost.
+    fn write_again(&self, doubtful: Vec<Piece>) -> Vec<Piece> {
+        let (mut bytes, mut lost) = (Vec::new(), Vec::new());
         for piece in doubtful {
             bytes.resize(self.content.layout.len_of(piece) as usize, 0);
             let good = self.read(piece, &mut [IoSliceMut::new(&mut bytes)]).is_ok()
                 && self.content.proof.verify(&self.content.layout, piece, &[&bytes])
-                && self.write(piece, &[&bytes]).is_ok();
+                && self.write(piece, &[&bytes], || ()).is_ok();
             if !good {
                 lost.push(piece);
             }
         }
+        lost
     }
 
-    /// Claims these no longer.
-    pub(super) fn lose(&self, pieces: &[Piece]) -> io::Result<()> {
+    /// Claims these no longer; `missing` is called when they can be put again. After an error that is
+    /// not noted yet: the next flush does it, and nothing is claimed or named before.
+    pub(super) fn lose(&self, pieces: &[Piece], missing: impl FnOnce()) -> io::Result<()> {
         let _turn = lock(&self.flushing);
         {
             let gone: BTreeSet<&Piece> = pieces.iter().collect();
@@ -341,12 +351,20 @@ impl Growing {
             unsynced.pieces.retain(|piece| !gone.contains(piece));
             unsynced.doubtful.retain(|piece| !gone.contains(piece));
         }
-        lock(&self.journal).append(&[Record::Lost(pieces.to_vec())])
+        let noted = lock(&self.journal).lose(pieces);
+        missing();
+        noted
     }
 
     /// Whether a flush would have nothing to do.
     pub(super) fn is_flushed(&self) -> bool {
-        lock(&self.unsynced).is_empty()
+        lock(&self.unsynced).is_empty() && lock(&self.journal).is_right()
+    }
+
+    /// So many of the next writes to the journal fail.
+    #[cfg(test)]
+    pub(super) fn fail_journal(&self, writes: u32) {
+        lock(&self.journal).fail_writes = writes;
     }
 
     /// Bytes it will still take from the disk beyond what it was given.
@@ -389,18 +407,24 @@ impl Growing {
         root.sync_all()
     }
 
-    /// Looks whether all files are there with the right sizes. Those that are not (somebody else was
-    /// at them) are removed, and their pieces lost: they are to be fetched again.
-    pub(super) fn inspect(&self) -> io::Result<Inspected> {
+    /// Looks whether all files are there with the right sizes: then these are their stamps. The pieces
+    /// of those that are not (somebody else was at them) are lost, and to be fetched again. `lose` is
+    /// told of them and says whether that is noted: only then are these files removed or given their
+    /// size, since a file of the right size is believed by the next process.
+    pub(super) fn inspect(
+        &self,
+        lose: impl FnOnce(&[Piece]) -> bool,
+    ) -> io::Result<Option<Vec<Stamp>>> {
         let root = self.root()?;
         let own = root.metadata()?;
         let layout = &self.content.layout;
         let Some(lies) = self.lies(&own) else {
+            lose(&(0..layout.pieces()).map(Piece).collect::<Vec<_>>());
             *lock(&self.root) = None;
             self.open.close(self.serial);
-            return Ok(Inspected::Lost((0..layout.pieces()).map(Piece).collect()));
+            return Ok(None);
         };
-        let (mut stamps, mut lost) = (Vec::with_capacity(self.content.files.len()), Vec::new());
+        let (mut stamps, mut wrong) = (Vec::with_capacity(self.content.files.len()), Vec::new());
         let mut looks = Looks::beneath(&root);
         for (file, number) in self.content.files.iter().zip(0..) {
             let stamp = match &file.path {
@@ -409,20 +433,23 @@ impl Growing {
             };
             match stamp {
                 Ok(stamp) if stamp.size == layout.size_of(number) => stamps.push(stamp),
-                _ => {
-                    match &file.path {
-                        Some(path) => remove_any(&lies.join(path.as_str()))?,
-                        None => root.set_len(layout.total())?,
-                    }
-                    lost.extend(layout.pieces_of(number).map(Piece));
+                _ => wrong.push((file, number)),
+            }
+        }
+        if wrong.is_empty() {
+            return Ok(Some(stamps));
+        }
+        let lost = wrong.iter().flat_map(|(_, number)| layout.pieces_of(*number).map(Piece));
+        if lose(&lost.collect::<Vec<_>>()) {
+            self.open.close(self.serial);
+            for (file, _) in wrong {
+                match &file.path {
+                    Some(path) => remove_any(&lies.join(path.as_str()))?,
+                    None => root.set_len(layout.total())?,
                 }
             }
         }
-        if stamps.len() == self.content.files.len() {
-            return Ok(Inspected::Good(stamps));
-        }
-        self.open.close(self.serial);
-        Ok(Inspected::Lost(lost))
+        Ok(None)
     }
 
     /// The name it has: the temporary one, or (after an attempt that failed half-way) the final one.
@@ -442,7 +469,7 @@ impl Growing {
     pub(super) fn rename(&self, before: Vec<Stamp>) -> io::Result<Vec<Stamp>> {
         let at = self.at();
         let own = self.root()?.metadata()?;
-        lock(&self.journal).append(&[Record::Renaming(own.ino())])?;
+        lock(&self.journal).append(&Record::Renaming(own.ino()))?;
         if self.lies(&own).as_ref() != Some(&at.target) {
             if at.overwrite {
                 rename_over(&at.part, &at.target)?;
@@ -481,7 +508,7 @@ impl Growing {
     /// Changes where it will lie; the temporary file or folder moves there at once.
     pub(super) fn retarget(&self, new: At) -> io::Result<()> {
         let at = &mut *lock(&self.at);
-        let record = |at: &At| [Record::Target(at.target.clone(), at.overwrite)];
+        let record = |at: &At| Record::Target(at.target.clone(), at.overwrite);
         // The journal knows both places before anything moves.
         let journal = &mut *lock(&self.journal);
         journal.append(&record(&new))?;

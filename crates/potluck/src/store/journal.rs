@@ -2,7 +2,7 @@
 //! next to nothing. Never claims a piece by itself: whoever appends has made it durable before.
 //!
 //! ```text
-//! magic      8   "PLJRNL\0\1"
+//! magic      8   "PLJRNL\0\1"; "PLJRNL?\1" while its claims are in doubt
 //! length     u32 of the head's body
 //! check      8   of the head's body
 //! body           id: kind u8, hash 32 · size u64 · overwrite u8 · target u32 length, bytes
@@ -17,7 +17,16 @@
 //! Numbers are big-endian. A check is the beginning of the BLAKE3 of the content's hash, the position
 //! in the file, and the bytes, so a record is good only where it was written. The first record that
 //! is not whole ends the journal; what follows it is overwritten.
+//!
+//! A loss that the disk does not let it note is kept and goes before whatever is noted next, so that
+//! no claim and no final name outruns it. Meanwhile the file claims what is not there, and a process
+//! that ends now leaves it so. Hence it is put in doubt, by one byte in a block that it has already,
+//! which most disks take even when they are full: the next process then believes none of its claims
+//! and fetches again. Where the disk refuses that too, only trying again is left, twice a second.
+//! Removing the file instead would need the same disk's consent, and lose where the download was to
+//! lie.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -29,6 +38,8 @@ use potluck_core::id::{ContentId, Kind, Piece};
 use potluck_core::wire::bytes::{Malformed, Reader, Writer};
 
 const MAGIC: &[u8; 8] = b"PLJRNL\0\x01";
+/// In its place while a loss could not be noted.
+const IN_DOUBT: &[u8; 8] = b"PLJRNL?\x01";
 /// The longest journal that is read: metadata at its limits and millions of pieces one by one.
 const MAX_BYTES: u64 = 512 << 20;
 const CHECK: usize = 8;
@@ -66,9 +77,35 @@ pub(super) struct Journal {
     path: PathBuf,
     id: ContentId,
     end: u64,
+    /// Lost, whatever was claimed, and not noted yet.
+    unnoted: BTreeSet<Piece>,
+    /// The file may say that its claims are in doubt.
+    in_doubt: bool,
+    /// So many of the next writes fail.
+    #[cfg(test)]
+    pub(super) fail_writes: u32,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// [`Journal::fail_writes`] of those that this thread makes or opens.
+    pub(super) static FAIL_WRITES: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
 }
 
 impl Journal {
+    fn new(file: File, path: PathBuf, id: ContentId, end: usize) -> Self {
+        Self {
+            file,
+            path,
+            id,
+            end: end as u64,
+            unnoted: BTreeSet::new(),
+            in_doubt: false,
+            #[cfg(test)]
+            fail_writes: FAIL_WRITES.get(),
+        }
+    }
+
     /// Where the journal of `id` lies.
     fn path(folder: &Path, id: &ContentId) -> PathBuf {
         let kind = if id.kind == Kind::Folder { "folder" } else { "file" };
@@ -82,12 +119,19 @@ impl Journal {
         let new = path.with_extension("new");
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        let file = options.open(&new)?;
-        file.write_all_at(&bytes, 0)?;
-        file.sync_all()?;
-        std::fs::rename(&new, &path)?;
+        let mut journal = Self::new(options.open(&new)?, path, head.id, bytes.len());
+        journal.put(&bytes, 0)?;
+        std::fs::rename(&new, &journal.path)?;
         super::files::sync_folder(folder)?;
-        Ok(Self { file, path, id: head.id, end: bytes.len() as u64 })
+        Ok(journal)
+    }
+
+    /// Removes, durably, what an earlier download of `id` may have left.
+    pub(super) fn remove_old(folder: &Path, id: &ContentId) -> io::Result<()> {
+        match std::fs::remove_file(Self::path(folder, id)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.and_then(|()| super::files::sync_folder(folder)),
+        }
     }
 
     /// Reads a journal and opens it for more. `None` where it is no journal.
@@ -97,22 +141,78 @@ impl Journal {
             return Ok(None);
         }
         let bytes = std::fs::read(path)?;
-        Ok(parse(&bytes).map(|(head, records, end)| {
-            let id = head.id;
-            (Self { file, path: path.to_owned(), id, end: end as u64 }, head, records)
-        }))
+        let Some((head, mut records, end)) = parse(&bytes) else { return Ok(None) };
+        let mut journal = Self::new(file, path.to_owned(), head.id, end);
+        if bytes.starts_with(IN_DOUBT) {
+            journal.in_doubt = true;
+            for record in &records {
+                if let Record::Held(pieces) = record {
+                    journal.unnoted.extend(pieces);
+                }
+            }
+            records.push(Record::Nothing);
+        }
+        Ok(Some((journal, head, records)))
     }
 
-    /// Appends records; durable when this returns. After an error nothing was appended.
-    pub(super) fn append(&mut self, records: &[Record]) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        for record in records {
-            encode_record(&self.id, self.end, record, &mut bytes);
+    /// Appends a record, after all losses; durable when this returns. After an error it was not
+    /// appended.
+    ///
+    /// One at a time: of several, the last of an attempt that failed half-way could come to lie just
+    /// behind a shorter first of the next, and be believed.
+    pub(super) fn append(&mut self, record: &Record) -> io::Result<()> {
+        self.note_losses()?;
+        self.write(record)
+    }
+
+    /// These pieces are not there, whatever was claimed. After an error that is not noted yet: nothing
+    /// is appended before it is.
+    pub(super) fn lose(&mut self, pieces: &[Piece]) -> io::Result<()> {
+        self.unnoted.extend(pieces);
+        self.note_losses()
+    }
+
+    /// Notes what could not be noted before.
+    pub(super) fn note_losses(&mut self) -> io::Result<()> {
+        if !self.unnoted.is_empty() {
+            let lost = Record::Lost(self.unnoted.iter().copied().collect());
+            if let Err(error) = self.write(&lost) {
+                // Also where this fails it may have been written.
+                self.in_doubt = true;
+                let _ = self.put(IN_DOUBT, 0);
+                return Err(error);
+            }
+            self.unnoted.clear();
         }
-        self.file.write_all_at(&bytes, self.end)?;
-        self.file.sync_data()?;
+        if self.in_doubt {
+            self.put(MAGIC, 0)?;
+            self.in_doubt = false;
+        }
+        Ok(())
+    }
+
+    /// Whether every loss is noted.
+    pub(super) fn is_right(&self) -> bool {
+        self.unnoted.is_empty() && !self.in_doubt
+    }
+
+    fn write(&mut self, record: &Record) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        encode_record(&self.id, self.end, record, &mut bytes);
+        self.put(&bytes, self.end)?;
         self.end += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Writes bytes at their place, durably.
+    fn put(&mut self, bytes: &[u8], at: u64) -> io::Result<()> {
+        #[cfg(test)]
+        if self.fail_writes > 0 {
+            self.fail_writes -= 1;
+            return Err(rustix::io::Errno::NOSPC.into());
+        }
+        self.file.write_all_at(bytes, at)?;
+        self.file.sync_data()
     }
 
     /// Removes the file: the download is done or given up.
@@ -192,7 +292,8 @@ fn encode_runs(pieces: &[Piece], out: &mut Vec<u8>) {
 /// The head, the records up to the first that is not whole, and where that one begins.
 fn parse(bytes: &[u8]) -> Option<(Head, Vec<Record>, usize)> {
     let mut r = Reader::new(bytes);
-    if r.take(MAGIC.len()).ok()? != MAGIC {
+    let magic = r.take(MAGIC.len()).ok()?;
+    if magic != MAGIC && magic != IN_DOUBT {
         return None;
     }
     let length = r.u32().ok()?;
@@ -320,9 +421,9 @@ mod tests {
     fn written(folder: &Path) -> PathBuf {
         let mut journal = Journal::create(folder, &head()).unwrap();
         for record in records() {
-            journal.append(&[record]).unwrap();
+            journal.append(&record).unwrap();
         }
-        journal.path
+        journal.path.clone()
     }
 
     #[test]
@@ -331,9 +432,10 @@ mod tests {
         let path = written(dir.path());
         let (mut journal, read, mut all) = Journal::open(&path).unwrap().unwrap();
         assert_eq!((read, all.clone()), (head(), records()));
-        let more = [Record::Nothing, Record::Held(vec![Piece(9)])];
-        journal.append(&more).unwrap();
-        all.extend(more);
+        for more in [Record::Nothing, Record::Held(vec![Piece(9)])] {
+            journal.append(&more).unwrap();
+            all.push(more);
+        }
         assert_eq!(Journal::open(&path).unwrap().unwrap().2, all);
         journal.remove().unwrap();
         assert!(!path.exists());
@@ -368,7 +470,7 @@ mod tests {
         std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         let (mut journal, _, mut rest) = Journal::open(&path).unwrap().unwrap();
         assert_eq!(rest.len(), records().len() - 1);
-        journal.append(&[Record::Nothing]).unwrap();
+        journal.append(&Record::Nothing).unwrap();
         rest.push(Record::Nothing);
         assert_eq!(Journal::open(&path).unwrap().unwrap().2, rest);
     }
@@ -385,6 +487,39 @@ mod tests {
         other.id = ContentId::file([4; 32]);
         let foreign = [encode_head(&other).as_slice(), &bytes[first..]].concat();
         assert_eq!(parse(&foreign).unwrap().1, []);
+    }
+
+    #[test]
+    fn a_loss_that_cannot_be_noted_goes_before_what_comes_later_and_puts_the_rest_in_doubt() {
+        let dir = tempfile::tempdir().unwrap();
+        for in_doubt in [true, false] {
+            let mut journal = Journal::create(dir.path(), &head()).unwrap();
+            let held = |pieces: &[u32]| Record::Held(pieces.iter().copied().map(Piece).collect());
+            let records = |journal: &Journal| Journal::open(&journal.path).unwrap().unwrap().2;
+            journal.append(&held(&[0, 1, 2])).unwrap();
+            // Neither the loss nor, in the second round, that there is doubt.
+            journal.fail_writes = if in_doubt { 1 } else { 2 };
+            journal.lose(&[Piece(1)]).unwrap_err();
+            assert!(!journal.is_right());
+            let believed = if in_doubt { vec![Record::Nothing] } else { vec![] };
+            assert_eq!(records(&journal), [vec![held(&[0, 1, 2])], believed].concat());
+            journal.fail_writes = 2;
+            journal.append(&held(&[1])).unwrap_err();
+            let (mut other, _, _) = Journal::open(&journal.path).unwrap().unwrap();
+            assert_eq!(other.is_right(), !in_doubt);
+
+            journal.append(&held(&[1])).unwrap();
+            assert!(journal.is_right());
+            let lost = Record::Lost(vec![Piece(1)]);
+            let all = [held(&[0, 1, 2]), lost, held(&[1])];
+            assert_eq!(records(&journal), all);
+            // As the next process does it, where this one died in between.
+            if in_doubt {
+                other.append(&Record::Nothing).unwrap();
+                let lost = Record::Lost([0, 1, 2].map(Piece).to_vec());
+                assert_eq!(records(&other), [held(&[0, 1, 2]), lost, Record::Nothing]);
+            }
+        }
     }
 
     proptest! {

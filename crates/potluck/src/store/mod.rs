@@ -57,12 +57,22 @@ pub(crate) use replica::{Put, PutError, ReadError, Replica};
 pub(crate) struct Store {
     shared: Arc<Shared>,
     replicas: Arc<Mutex<Replicas>>,
+    /// What is no longer shared or fetched, and still on the disk.
+    leaving: Mutex<Vec<Leaving>>,
     /// Contents begin and end one at a time, so that no two take one id or one place.
     changing: Mutex<()>,
     flusher: Option<JoinHandle<()>>,
 }
 
 type Replicas = BTreeMap<ContentId, Arc<Replica>>;
+
+/// What [`Store::retire`] leaves to [`Store::clean`].
+#[derive(Debug)]
+struct Leaving {
+    id: ContentId,
+    replica: Option<Arc<Replica>>,
+    notes: Vec<String>,
+}
 
 /// What every replica uses.
 #[derive(Debug)]
@@ -137,7 +147,8 @@ impl Store {
         let all = replicas.values().cloned().collect();
         let replicas = Arc::new(Mutex::new(replicas));
         let flusher = Some(start_flusher(&shared, &replicas)?);
-        Ok((Self { shared, replicas, changing: Mutex::default(), flusher }, all))
+        let (leaving, changing) = (Mutex::default(), Mutex::default());
+        Ok((Self { shared, replicas, leaving, changing, flusher }, all))
     }
 
     /// Shares a file or a folder where it is, hashing with all cores what is not known from sharing
@@ -179,6 +190,7 @@ impl Store {
     /// Takes a whole content in, in the place of what was shared under its id.
     fn share(&self, content: Content, whole: Whole) -> Result<Arc<Replica>> {
         let _turn = lock(&self.changing);
+        self.clean_up();
         if let Some(old) = self.get(&content.id)
             && old.is_growing()
         {
@@ -196,8 +208,8 @@ impl Store {
 
     /// What was last shared at exactly this path.
     fn latest_at(&self, path: &Path) -> Option<Arc<Replica>> {
-        let replicas = lock(&self.replicas);
-        let here = replicas.values().filter(|r| r.as_whole().is_some_and(|w| w.path == path));
+        let replicas = self.all();
+        let here = replicas.iter().filter(|r| r.as_whole().is_some_and(|w| w.path == path));
         here.max_by_key(|replica| replica.serial()).cloned()
     }
 
@@ -220,6 +232,7 @@ impl Store {
     ) -> Result<Arc<Replica>> {
         let content = Content::checked(id, size, manifest, proof)?;
         let _turn = lock(&self.changing);
+        self.clean_up();
         if let Some(going_on) = self.already(&id, target)? {
             return Ok(going_on);
         }
@@ -231,6 +244,8 @@ impl Store {
         let at = At::new(&content, &target, overwrite);
         let failed =
             |e: &io::Error| Error::io(format!("cannot begin to fetch to {}", target.display()), e);
+        // Of a download that could not be taken up: it must not claim pieces of the new part.
+        Journal::remove_old(&self.shared.journals, &id).map_err(|e| failed(&e))?;
         let part = growing::make_part(&content, &at.part).map_err(|e| failed(&e))?;
         let head = Head {
             id,
@@ -270,13 +285,14 @@ impl Store {
             let what = format!("{} is on this machine already: {}", id.short(), place.display());
             return Err(Error::new(ErrorKind::Exists, what).hint("copy it from there"));
         }
-        self.drop_replica(&old)?;
+        self.retire(id, Vec::new());
+        self.clean_up();
         Ok(None)
     }
 
     fn check_unclaimed(&self, target: &Path) -> Result<()> {
-        let replicas = lock(&self.replicas);
-        match replicas.values().find(|r| r.is_growing() && r.path() == target) {
+        let replicas = self.all();
+        match replicas.iter().find(|r| r.is_growing() && r.path() == target) {
             Some(other) => {
                 let id = other.id().short();
                 let what = format!("{id} is being fetched to {} already", target.display());
@@ -290,24 +306,49 @@ impl Store {
     fn promised(&self, folder: &Path) -> u64 {
         let device = |path: &Path| path.metadata().map(|meta| meta.dev()).ok();
         let own = device(folder);
-        let replicas: Vec<_> = lock(&self.replicas).values().cloned().collect();
+        let replicas = self.all();
         let others = replicas.iter().filter_map(|r| Some((r, r.as_growing()?)));
         let here = others.filter(|(r, _)| r.path().parent().and_then(device) == own);
         here.map(|(replica, growing)| growing.will_take(&replica.have())).sum()
     }
 
-    /// Stops sharing or fetching `id`. A finished file is never deleted; what was only begun is. An
-    /// unknown id is fine.
-    pub(crate) fn forget(&self, id: &ContentId) -> Result<()> {
-        let _turn = lock(&self.changing);
-        self.get(id).map_or(Ok(()), |replica| self.drop_replica(&replica))
+    /// Stops sharing or fetching `id`, and waits for no disk. [`Store::clean`] removes what was only
+    /// begun (a finished file is never deleted) and these notes. An unknown id is fine.
+    pub(crate) fn retire(&self, id: &ContentId, notes: Vec<String>) {
+        let replica = lock(&self.replicas).remove(id);
+        lock(&self.leaving).push(Leaving { id: *id, replica, notes });
     }
 
-    fn drop_replica(&self, replica: &Arc<Replica>) -> Result<()> {
-        lock(&self.replicas).remove(&replica.id());
-        let removed = replica.forget();
-        self.shared.ledger.set_whole(&replica.id(), None)?;
-        removed
+    /// Removes from the disk what was retired. Whatever begins later finds it gone, also where this was
+    /// not called yet.
+    pub(crate) fn clean(&self) {
+        let _turn = lock(&self.changing);
+        self.clean_up();
+    }
+
+    fn clean_up(&self) {
+        let leaving = std::mem::take(&mut *lock(&self.leaving));
+        for Leaving { id, replica, notes } in leaving {
+            let gone = replica.map_or(Ok(()), |replica| {
+                let removed = replica.forget();
+                self.shared.ledger.set_whole(&id, None).and(removed)
+            });
+            let forgotten = notes.iter().map(|note| self.shared.ledger.set_note(note, None));
+            if let Err(error) = forgotten.fold(gone, Result::and) {
+                tracing::warn!(%error, content = %id, "cannot forget a content");
+            }
+        }
+    }
+
+    #[cfg(test)]
+    fn forget(&self, id: &ContentId) -> Result<()> {
+        self.retire(id, Vec::new());
+        self.clean();
+        Ok(())
+    }
+
+    fn all(&self) -> Vec<Arc<Replica>> {
+        lock(&self.replicas).values().cloned().collect()
     }
 
     fn get(&self, id: &ContentId) -> Option<Arc<Replica>> {
@@ -326,8 +367,7 @@ impl Store {
 
     /// Makes durable now what was put so far, rather than within a second.
     pub(crate) fn flush(&self) -> Result<()> {
-        let all: Vec<_> = lock(&self.replicas).values().cloned().collect();
-        all.iter().map(|replica| replica.flush()).fold(Ok(()), Result::and)
+        self.all().iter().map(|replica| replica.flush()).fold(Ok(()), Result::and)
     }
 }
 

@@ -1,7 +1,9 @@
 //! Owns a content as it lies on this disk: whole and shared in place, or growing while it is fetched;
 //! which pieces are held; reading and writing them. Never writes to a file that is shared in place.
 //!
-//! Locks are taken in this order: `state`, then what [`Growing`] has, then `have`.
+//! Locks are taken in this order: `placing`, then what [`Growing`] has, then `have`. Whoever waits for
+//! `placing` may wait for a disk; `state` and `have` are held for a moment only, so that who only looks
+//! never waits.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -19,7 +21,7 @@ use rustix::fs::Advice;
 use super::Shared;
 use super::content::Content;
 use super::files::{For, ROOT, Stamp, lock, open_beneath, open_file, open_folder, read_exact_at};
-use super::growing::{At, Growing, Inspected, stamps};
+use super::growing::{At, Growing, stamps};
 use super::hashing::{Progress, in_parallel};
 use super::ledger::Entry;
 use crate::clock;
@@ -68,6 +70,9 @@ pub(crate) struct Replica {
     serial: u64,
     have: Mutex<Bitfield>,
     state: RwLock<State>,
+    /// Read by who writes or reads pieces while it grows, or notes where it lies; written by who gives it
+    /// its final name, or another, or forgets it.
+    placing: RwLock<()>,
     /// One at a time finishes.
     finishing: Mutex<()>,
     /// The last flush failed: said once, until one succeeds.
@@ -110,10 +115,10 @@ impl Replica {
 
     /// Where it is, or will be once it is whole.
     pub(crate) fn path(&self) -> PathBuf {
-        match &*self.state() {
+        match self.state() {
             State::Whole(whole) => whole.path.clone(),
             State::Growing(growing) => growing.at().target,
-            State::Forgotten(path) => path.clone(),
+            State::Forgotten(path) => path,
         }
     }
 
@@ -134,7 +139,7 @@ impl Replica {
 
     /// Whether it is being fetched: it has no final name yet.
     pub(crate) fn is_growing(&self) -> bool {
-        matches!(*self.state(), State::Growing(_))
+        matches!(self.state(), State::Growing(_))
     }
 
     /// The manifest as sent; empty for a file.
@@ -153,8 +158,13 @@ impl Replica {
         if !lock(&self.have).has(piece) {
             return Err(ReadError::NotHeld);
         }
-        match &*self.state() {
-            State::Whole(whole) => self.read_whole(whole, piece, parts),
+        // Its files are open for writing as long as it grows, and not a moment longer.
+        let placing = self.placing();
+        match self.state() {
+            State::Whole(whole) => {
+                drop(placing);
+                self.read_whole(&whole, piece, parts)
+            }
             State::Growing(growing) => growing.read(piece, parts).map_err(|e| match e.kind() {
                 io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound => ReadError::Changed,
                 _ => ReadError::Disk(Error::io(cannot("read", &growing.at().part), &e)),
@@ -166,10 +176,10 @@ impl Replica {
     /// `piece` is about to be read: the disk may begin. Of small files that would cost more than it
     /// saves.
     pub(crate) fn will_read(&self, piece: Piece) {
-        let State::Whole(whole) = &*self.state() else { return };
+        let State::Whole(whole) = self.state() else { return };
         let Some(place) = self.content.layout.place(piece) else { return };
         if self.content.layout.pieces_of(place.file).len() > 1
-            && let Ok(file) = self.open_whole(whole, place.file)
+            && let Ok(file) = self.open_whole(&whole, place.file)
         {
             let len = NonZeroU64::new(place.len.into());
             let _ = rustix::fs::fadvise(&*file, place.offset, len, Advice::WillNeed); // a hint
@@ -225,21 +235,20 @@ impl Replica {
             return Err(PutError::BadPiece);
         }
         self.shared.bell.wait_for_room();
-        let state = self.state();
+        let _placing = self.placing();
         // Again: finish waits for this lock, and nothing may be written once it has begun.
         if lock(&self.have).has(piece) {
             return Ok(Put::Duplicate);
         }
-        let State::Growing(growing) = &*state else {
+        let State::Growing(growing) = self.state() else {
             let what = format!("{} is not being fetched (any more)", self.id().short());
             return Err(PutError::Disk(Error::new(ErrorKind::Other, what)));
         };
-        growing
-            .write(piece, parts)
+        let new = growing
+            .write(piece, parts, || lock(&self.have).insert(piece))
             .map_err(|e| PutError::Disk(Error::io(cannot("write to", &growing.at().part), &e)))?;
-        // Held only when the flusher knows of it: finish flushes what is held.
         self.shared.bell.written(self.layout().len_of(piece).into());
-        Ok(if lock(&self.have).insert(piece) { Put::New } else { Put::Duplicate })
+        Ok(if new { Put::New } else { Put::Duplicate })
     }
 
     /// All pieces are held: makes everything durable, gives it its final name and returns that. From
@@ -252,9 +261,9 @@ impl Replica {
     /// again.
     pub(crate) fn finish(&self) -> Result<PathBuf> {
         let _turn = lock(&self.finishing);
-        let growing = match &*self.state() {
+        let growing = match self.state() {
             State::Whole(whole) => return Ok(whole.path.clone()),
-            State::Growing(growing) => Arc::clone(growing),
+            State::Growing(growing) => growing,
             State::Forgotten(_) => return Err(self.not_fetched()),
         };
         let failed = |e: &io::Error| Error::io(cannot("finish", &growing.at().target), e);
@@ -264,29 +273,24 @@ impl Replica {
         }
         growing.complete().map_err(|e| failed(&e))?;
 
-        let mut state = self.state_mut();
-        if !matches!(*state, State::Growing(_)) {
+        let alone = self.placing_alone();
+        if !self.is_growing() {
             return Err(self.not_fetched());
         }
-        // A second copy of the last piece may have been written since.
-        if !growing.is_flushed() {
-            self.flush_growing(&growing)?;
-        }
+        // A second copy of the last piece may have been written since, or a piece lost.
+        self.flush_growing(&growing)?;
         let hashed = clock::wall();
-        let stamps = match growing.inspect().map_err(|e| failed(&e))? {
-            Inspected::Good(stamps) if self.is_complete() => stamps,
-            Inspected::Good(_) => return Err(self.incomplete()),
-            Inspected::Lost(pieces) => {
-                self.lose(&growing, &pieces);
-                return Err(self.incomplete());
-            }
+        let inspected = growing.inspect(|lost| self.lose(&growing, lost));
+        let stamps = inspected.map_err(|e| failed(&e))?;
+        let Some(stamps) = stamps.filter(|_| self.is_complete()) else {
+            return Err(self.incomplete());
         };
         let stamps =
             growing.rename(stamps).map_err(|e| self.rename_failed(&growing.at().target, &e))?;
         let whole = Arc::new(Whole { path: growing.at().target, stamps, hashed });
         self.shared.open.close(self.serial);
-        *state = State::Whole(Arc::clone(&whole));
-        drop(state);
+        self.becomes(State::Whole(Arc::clone(&whole)));
+        drop(alone);
 
         // Until it is remembered the journal stays: it tells the next process what was finished.
         let kept = self.remember(&whole).map_err(|e| e.to_string());
@@ -323,8 +327,8 @@ impl Replica {
     /// the disk refuses.
     pub(crate) fn retarget(&self, target: &Path, overwrite: bool) -> Result<()> {
         let target = super::resolve_target(target, overwrite)?;
-        let state = self.state_mut();
-        let State::Growing(growing) = &*state else { return Err(self.not_fetched()) };
+        let _alone = self.placing_alone();
+        let State::Growing(growing) = self.state() else { return Err(self.not_fetched()) };
         let at = At::new(&self.content, &target, overwrite);
         growing.retarget(at).map_err(|e| match e.kind() {
             io::ErrorKind::CrossesDevices => {
@@ -345,13 +349,18 @@ impl Replica {
         progress: Progress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Vec<Piece>> {
-        let state = self.state().clone();
-        match state {
+        match self.state() {
             State::Whole(whole) => self.recheck_whole(&whole, progress, cancel),
             State::Growing(growing) => {
                 let have = self.have();
                 let good = self.rehash(&|n| growing.open_again(n), &have, progress, cancel)?;
                 let bad: Vec<Piece> = have.iter().filter(|piece| !good.has(*piece)).collect();
+                let placing = self.placing();
+                if !self.is_growing() {
+                    // It got its final name meanwhile, and was not to be found under the other.
+                    drop(placing);
+                    return self.recheck(progress, cancel);
+                }
                 self.lose(&growing, &bad);
                 Ok(bad)
             }
@@ -376,8 +385,8 @@ impl Replica {
         let all = Bitfield::all(self.layout().pieces());
         let good = self.rehash(&open, &all, progress, cancel)?;
         let bad: Vec<Piece> = good.missing().collect();
-        let mut state = self.state_mut();
-        if !matches!(&*state, State::Whole(now) if Arc::ptr_eq(now, whole)) {
+        let alone = self.placing_alone();
+        if !self.is_still(whole) {
             return Ok(bad);
         }
         *lock(&self.have) = good;
@@ -390,9 +399,9 @@ impl Replica {
         {
             whole = Arc::new(Whole { path: whole.path.clone(), stamps: before, hashed });
             self.shared.open.close(self.serial);
-            *state = State::Whole(Arc::clone(&whole));
+            self.becomes(State::Whole(Arc::clone(&whole)));
         }
-        drop(state);
+        drop(alone);
         if let Err(error) = self.remember(&whole) {
             tracing::warn!(%error, content = %self.id(), "what was found is not remembered");
         }
@@ -423,7 +432,7 @@ impl Replica {
     /// Whether its files were replaced, truncated, touched or removed since they were hashed: a look
     /// at each, nothing is read. Always false for what is being fetched.
     pub(crate) fn changed(&self) -> bool {
-        let State::Whole(whole) = self.state().clone() else { return false };
+        let State::Whole(whole) = self.state() else { return false };
         !stamps(&self.content, &whole.path).is_ok_and(|now| now == whole.stamps)
     }
 
@@ -433,7 +442,8 @@ impl Replica {
         if !lock(&self.have).has(piece) {
             return true;
         }
-        let state = self.state().clone();
+        let placing = self.placing();
+        let state = self.state();
         let mut bytes = vec![0; self.layout().len_of(piece) as usize];
         let parts = &mut [IoSliceMut::new(&mut bytes)];
         let read = match &state {
@@ -445,15 +455,18 @@ impl Replica {
             return false;
         }
         tracing::warn!(content = %self.id(), piece = piece.0, "a piece on this disk is bad");
-        match state {
-            State::Growing(growing) => self.lose(&growing, &[piece]),
-            State::Whole(whole) => {
-                lock(&self.have).remove(piece);
-                if let Err(error) = self.remember(&whole) {
-                    tracing::warn!(%error, content = %self.id(), "cannot note that a piece is bad");
-                }
+        let whole = match state {
+            State::Growing(growing) => {
+                self.lose(&growing, &[piece]);
+                return true;
             }
-            State::Forgotten(_) => {}
+            State::Whole(whole) => whole,
+            State::Forgotten(_) => return true,
+        };
+        drop(placing);
+        lock(&self.have).remove(piece);
+        if let Err(error) = self.remember(&whole) {
+            tracing::warn!(%error, content = %self.id(), "cannot note that a piece is bad");
         }
         true
     }
@@ -471,21 +484,18 @@ impl Replica {
 
     /// Makes durable, and claims, all that was put so far.
     pub(super) fn flush(&self) -> Result<()> {
-        let State::Growing(growing) = self.state().clone() else { return Ok(()) };
+        let State::Growing(growing) = self.state() else { return Ok(()) };
         self.flush_growing(&growing)
     }
 
     fn flush_growing(&self, growing: &Growing) -> Result<()> {
-        let mut lost = Vec::new();
-        let flushed = growing.flush(&mut lost);
-        if !lost.is_empty() {
-            let pieces = lost.len();
-            tracing::warn!(content = %self.id(), pieces, "a failed write lost pieces: fetching them again");
-            let have = &mut *lock(&self.have);
-            for piece in lost {
-                have.remove(piece);
+        let flushed = growing.flush(|lost| {
+            if !lost.is_empty() {
+                let pieces = lost.len();
+                tracing::warn!(content = %self.id(), pieces, "a failed write lost pieces: fetching them again");
+                self.misses(lost);
             }
-        }
+        });
         let Err(error) = flushed else {
             if self.flush_failed.swap(false, Ordering::Relaxed) {
                 tracing::info!(content = %self.id(), "the disk takes the download again");
@@ -498,27 +508,32 @@ impl Replica {
         Err(Error::io(cannot("make durable", &growing.at().part), &error))
     }
 
-    /// These pieces are not held (any more), whatever was claimed.
-    fn lose(&self, growing: &Growing, pieces: &[Piece]) {
+    /// These pieces are not held (any more), whatever was claimed; whether that is noted. `placing`
+    /// is to be held meanwhile: no final name is given.
+    fn lose(&self, growing: &Growing, pieces: &[Piece]) -> bool {
         if pieces.is_empty() {
-            return;
+            return true;
         }
-        {
-            let have = &mut *lock(&self.have);
-            for piece in pieces {
-                have.remove(*piece);
-            }
+        let noted = growing.lose(pieces, || self.misses(pieces));
+        if let Err(error) = &noted {
+            tracing::warn!(%error, content = %self.id(), "cannot note that pieces are bad: trying again");
+            self.shared.bell.again();
         }
-        if let Err(error) = growing.lose(pieces) {
-            tracing::warn!(%error, content = %self.id(), "cannot note that pieces are bad");
+        noted.is_ok()
+    }
+
+    fn misses(&self, pieces: &[Piece]) {
+        let have = &mut *lock(&self.have);
+        for piece in pieces {
+            have.remove(*piece);
         }
     }
 
     /// Notes it for the next process, unless it was forgotten meanwhile.
     fn remember(&self, whole: &Arc<Whole>) -> Result<()> {
         // Held until it is noted: who forgets it waits, and removes the note.
-        let state = self.state();
-        if !matches!(&*state, State::Whole(now) if Arc::ptr_eq(now, whole)) {
+        let _placing = self.placing();
+        if !self.is_still(whole) {
             return Ok(());
         }
         let entry = Entry {
@@ -534,12 +549,25 @@ impl Replica {
         self.shared.ledger.set_whole(&self.id(), Some(&entry))
     }
 
-    fn state(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> State {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn state_mut(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    /// To be called by who is alone in placing it.
+    fn becomes(&self, state: State) {
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+
+    fn is_still(&self, whole: &Arc<Whole>) -> bool {
+        matches!(self.state(), State::Whole(now) if Arc::ptr_eq(&now, whole))
+    }
+
+    fn placing(&self) -> RwLockReadGuard<'_, ()> {
+        self.placing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn placing_alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.placing.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -578,6 +606,7 @@ impl Replica {
             serial,
             have: Mutex::new(have),
             state: RwLock::new(state),
+            placing: RwLock::default(),
             finishing: Mutex::default(),
             flush_failed: AtomicBool::new(false),
         })
@@ -593,16 +622,16 @@ impl Replica {
 
     /// Where it lies, if it is whole and shared.
     pub(super) fn as_whole(&self) -> Option<Arc<Whole>> {
-        match &*self.state() {
-            State::Whole(whole) => Some(Arc::clone(whole)),
+        match self.state() {
+            State::Whole(whole) => Some(whole),
             _ => None,
         }
     }
 
     /// Where it grows, if it is being fetched.
     pub(super) fn as_growing(&self) -> Option<Arc<Growing>> {
-        match &*self.state() {
-            State::Growing(growing) => Some(Arc::clone(growing)),
+        match self.state() {
+            State::Growing(growing) => Some(growing),
             _ => None,
         }
     }
@@ -614,8 +643,9 @@ impl Replica {
 
     /// It is neither shared nor fetched any more; what was only temporary is removed.
     pub(super) fn forget(&self) -> Result<()> {
-        let path = self.path();
-        let state = std::mem::replace(&mut *self.state_mut(), State::Forgotten(path));
+        let _alone = self.placing_alone();
+        let state = self.state();
+        self.becomes(State::Forgotten(self.path()));
         self.shared.open.close(self.serial);
         lock(&self.have).clone_from(&self.content.none());
         if let State::Growing(growing) = state {

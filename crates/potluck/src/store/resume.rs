@@ -129,6 +129,9 @@ fn resume(shared: &Arc<Shared>, path: &Path) -> Result<Option<Arc<Replica>>> {
     let open = (Arc::clone(&shared.open), serial);
     let (growing, held) =
         Growing::resumed(Arc::clone(&content), open, at, journal, &told.held).map_err(failed)?;
+    if !growing.is_flushed() {
+        shared.bell.again();
+    }
     Ok(Some(Replica::growing(content, growing, held, serial, shared)))
 }
 
