@@ -33,6 +33,8 @@ const TRIES_BEFORE_SESSION: u32 = 6;
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 /// The longest wait between two tries.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// For so long nothing is sent where the index says that it was asked too fast.
+const SLOW_DOWN: Duration = Duration::from_secs(1);
 /// The longest a question waits in all, with or without keys.
 const PATIENCE: Duration = Duration::from_secs(14);
 /// A question that got no answer so far fails after this, when fetching keys fails as well.
@@ -133,6 +135,8 @@ pub struct Link {
     removed: bool,
     revocations: u32,
     smoothed_rtt: Option<Duration>,
+    /// The index was asked too fast: nothing is sent until then.
+    slow_until: Moment,
     questions: BTreeMap<RequestId, Question>,
     next_request: u64,
     shares: BTreeMap<ContentId, Share>,
@@ -253,6 +257,7 @@ impl Link {
             removed: false,
             revocations: 0,
             smoothed_rtt: None,
+            slow_until: Moment::ZERO,
             questions: BTreeMap::new(),
             shares: BTreeMap::new(),
             digest: 0,
@@ -503,7 +508,8 @@ impl Link {
         let patience = self.questions.values().map(|q| q.asked + PATIENCE).min();
         let mut due = vec![session, patience];
         if self.keys.is_some() {
-            due.push(self.questions.values().map(|question| question.next).min());
+            let next = self.questions.values().map(|question| question.next).min();
+            due.push(next.map(|next| next.max(self.slow_until)));
             due.push(Some(self.next_heartbeat));
             due.push((!self.grown.is_empty()).then_some(self.next_held));
             let room = self.batches() < MAX_BATCHES;
@@ -572,6 +578,9 @@ impl Link {
     }
 
     fn send_due(&mut self, now: Moment) {
+        if now < self.slow_until {
+            return;
+        }
         let mut silent = false;
         let Some(keys) = &mut self.keys else { return };
         for (id, question) in &mut self.questions {
@@ -659,9 +668,15 @@ impl Link {
                     self.need_session();
                 }
             }
-            Reply::Error(Refusal { code: Code::TooFast, .. }) if question.tries < MAX_TRIES => {
-                question.next = now + LONGEST_WAIT;
+            // What else is under way is passed over without a word: it waits as well, and all of it is
+            // sent anew. The index is not silent for that.
+            Reply::Error(Refusal { code: Code::TooFast, .. }) => {
+                self.slow_until = now + SLOW_DOWN;
+                question.next = now;
                 self.questions.insert(id, question);
+                for question in self.questions.values_mut() {
+                    question.tries = question.tries.min(1);
+                }
             }
             reply => self.on_answer(now, id, question, reply),
         }
@@ -1253,6 +1268,32 @@ mod tests {
         }
         assert!(said.contains(&Output::IndexBack));
         assert!(!said.contains(&Output::IndexLost), "{said:?}");
+    }
+
+    #[test]
+    fn a_line_that_was_asked_too_fast_says_nothing_for_a_second_and_then_all_of_it_again() {
+        let (mut link, mut index, mut now) = standing();
+        (1..=200).for_each(|n| link.share(now, item(n)));
+        link.ask(now, list());
+        let mut waits = sent(&mut link);
+        now = now + GATHER;
+        link.tick(now);
+        waits.extend(sent(&mut link));
+        assert_eq!(waits.len(), 1 + MAX_BATCHES);
+        for _ in 0..10 {
+            // One of them is refused, the others are passed over.
+            let (_, id, _) = index.read(&waits[0]);
+            let refusal = Refusal { code: Code::TooFast, text: String::new(), cookie: None };
+            link.on_datagram(now, &mut index.reply(id, &Reply::Error(refusal)));
+            link.tick(now + SLOW_DOWN - MS);
+            assert_eq!(outputs(&mut link), [], "neither datagrams, nor does it count as lost");
+            assert_eq!(link.next_deadline(), Some(now + SLOW_DOWN));
+            now = now + SLOW_DOWN;
+            link.tick(now);
+            waits = sent(&mut link);
+            assert_eq!(waits.len(), 1 + MAX_BATCHES);
+        }
+        assert_eq!(link.questions.len(), 1 + MAX_BATCHES);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! a byte. Never has an effect: what it opened has to be heeded by the registrar, which knows what
 //! was said before. Any number of gates may stand side by side, each in a thread of its own.
 //!
-//! Cheapest check first: head → member number → epoch → keys (kept, or derived) → AEAD → cookie.
+//! Cheapest check first: head → member number → not passed over → epoch → keys (kept, or derived) →
+//! AEAD → cookie.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -44,14 +45,17 @@ pub struct Opened<'a> {
     pub(super) plaintext: &'a [u8],
 }
 
-/// The keys of one session.
+/// The keys of one session, in a cache line of their own.
 #[derive(Clone, Copy, Default)]
+#[repr(align(64))]
 struct Keys {
     member: u32,
     epoch: u16,
     salt: u64,
     to_index: [u8; 16],
     reply: [u8; 16],
+    /// Its member is passed over until then, whatever the session: it asks too fast.
+    shut: Moment,
 }
 
 /// Opens datagrams, for a registrar that has to brief it (see [`Registrar::brief`]).
@@ -121,9 +125,12 @@ impl Gate {
         if !(1..self.members).contains(&member.0) {
             return Err(Dropped::UnknownMember);
         }
-        let (_, secret) = self.epochs.iter().find(|e| e.0 == epoch).ok_or(Dropped::UnknownEpoch)?;
         let at = member.0 as usize % KEPT;
         let kept = self.keys[at];
+        if kept.member == member.0 && now < kept.shut {
+            return Err(Dropped::TooFast);
+        }
+        let (_, secret) = self.epochs.iter().find(|e| e.0 == epoch).ok_or(Dropped::UnknownEpoch)?;
         let known = (kept.member, kept.epoch, kept.salt) == (member.0, epoch, salt);
         let (plaintext, reply_key) = if known {
             (open(&kept.to_index, counter, datagram).ok_or(Dropped::Forged)?, kept.reply)
@@ -132,7 +139,8 @@ impl Gate {
             let plaintext = open(&session.to_index, counter, datagram).ok_or(Dropped::Forged)?;
             let reply = session.reply_key(self.boot);
             let to_index = session.to_index;
-            self.keys[at] = Keys { member: member.0, epoch, salt, to_index, reply };
+            let shut = Moment::ZERO;
+            self.keys[at] = Keys { member: member.0, epoch, salt, to_index, reply, shut };
             (plaintext, reply)
         };
         let proven = self.jar.accepts(now, from, member, &cookie);
@@ -154,8 +162,15 @@ impl Registrar {
         self.news
     }
 
-    /// Tells a gate what has changed, and takes over what it counted.
+    /// Tells a gate what has changed, and takes over what it counted. To be done after each batch of
+    /// its own: then it knows as well who is to be passed over.
     pub fn brief(&mut self, gate: &mut Gate) {
+        for (member, until) in self.too_fast.drain(..) {
+            let kept = &mut gate.keys[member.0 as usize % KEPT];
+            if kept.member == member.0 {
+                kept.shut = until;
+            }
+        }
         for (why, count) in std::mem::take(&mut gate.dropped) {
             *self.stats.dropped.entry(why).or_default() += count;
         }

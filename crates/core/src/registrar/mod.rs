@@ -1,7 +1,7 @@
 //! Owns the index's thinking: whom to believe, what to answer, whose lease is over. Never touches a
 //! socket, a disk or a clock, and never sends a byte to a stranger.
 //!
-//! A datagram's way: gate (see there) → replay window → not removed → cookie → rate → catalog. Before
+//! A datagram's way: gate (see there) → replay window → pace → not removed → cookie → catalog. Before
 //! the gate's AEAD check passed nothing changes; before the cookie proved the address nothing has an
 //! effect. An owner with several threads lets each open datagrams at a gate of its own and seal an
 //! [`Outbox`]; the registrar itself is one, and thinks of one batch at a time.
@@ -10,6 +10,7 @@ mod blame;
 mod desk;
 mod gate;
 mod members;
+mod pace;
 mod saved;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use gate::Line;
 pub use gate::{Gate, Opened, Outbox};
 pub use members::Member;
 use members::{Epochs, Roster, Secrets};
+use pace::{BURST_S, Pace, REQUESTS_A_SECOND, SIGNATURE_TOKENS, Turn};
 use saved::Saved;
 pub use saved::{Change, Table};
 use watch::Watchers;
@@ -55,8 +57,6 @@ const SEAT_BYTES: usize = 256;
 const SESSION_BYTES: usize = 192;
 const WATCH_BYTES: usize = 400;
 const GLOB_BYTES: usize = 8 << 10;
-/// Requests that the verification of one signature costs as much as.
-const SIGNATURE_TOKENS: i64 = 10;
 
 /// What is new with every run of the index. All of it but `dice` must be secret and unforeseeable.
 pub struct Boot {
@@ -106,8 +106,8 @@ impl Default for Settings {
             watchers: 1 << 14,
             memory: 1 << 30,
             sessions_a_member: 4,
-            requests_a_second: 2_000,
-            burst: 4_000,
+            requests_a_second: REQUESTS_A_SECOND,
+            burst: REQUESTS_A_SECOND * BURST_S,
             session: Duration::from_secs(12 * 3600),
         }
     }
@@ -180,6 +180,8 @@ pub enum Dropped {
     Malformed,
     /// Its member number was never given.
     UnknownMember,
+    /// Its member asks faster than one may, and has been told so.
+    TooFast,
     /// Its epoch's secret is unknown or erased.
     UnknownEpoch,
     /// It does not open with the session's key.
@@ -245,7 +247,7 @@ struct Seat {
     /// late, would undo a newer.
     hosts_order: (u64, u64),
     watch_order: (u64, u64),
-    bucket: Bucket,
+    pace: Pace,
     heard: Option<Moment>,
     /// When it last said how busy it is, not counting what came sooner than it had to.
     reported: Option<Moment>,
@@ -282,6 +284,8 @@ pub struct Registrar {
     nonce: u64,
     /// Counts what gates have to know of: members and epochs.
     news: u64,
+    /// Members that the gate to be briefed next is to pass over, and until when.
+    too_fast: Vec<(MemberNumber, Moment)>,
     /// The gate of who calls [`Registrar::on_datagram`]; made when first used.
     own_gate: Option<Box<Gate>>,
     outbox: Outbox,
@@ -354,6 +358,7 @@ impl Registrar {
             blames: Blames::default(),
             nonce: 0,
             news: 1,
+            too_fast: Vec::new(),
             own_gate: None,
             outbox: Outbox::default(),
             outputs: VecDeque::new(),
@@ -623,6 +628,14 @@ impl Registrar {
         let (kind, length) = (*kind, *length);
         let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
         let id = RequestId(u64::from_be_bytes(*id));
+        let Settings { requests_a_second, burst, .. } = self.settings;
+        let turn = self.seat(line.member).pace.take(now, requests_a_second, burst);
+        if let Turn::Refused(until) | Turn::PassedOver(until) = turn {
+            self.too_fast.push((line.member, until));
+        }
+        if let Turn::PassedOver(_) = turn {
+            return Err(Dropped::TooFast);
+        }
         if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
             let refusal = refuse(Code::Removed, "this machine was removed from the network");
             if *proven {
@@ -638,10 +651,8 @@ impl Registrar {
             self.refuse_short(line, kind, id, refusal, length);
             return Ok(());
         }
-        let Settings { requests_a_second, burst, .. } = self.settings;
-        let seat = self.seat(line.member);
-        seat.heard = Some(now);
-        let done = if !seat.bucket.take(now, requests_a_second, burst) {
+        self.seat(line.member).heard = Some(now);
+        let done = if turn != Turn::Granted {
             Err(refuse(Code::TooFast, "too many requests: wait a second"))
         } else if self.epochs.ends_soon(line.epoch, now) {
             Err(refuse(Code::SessionOver, "fetch new keys"))
@@ -775,7 +786,7 @@ impl Registrar {
             record.check(network).is_ok()
         });
         if verified {
-            self.seat(number).bucket.charge(SIGNATURE_TOKENS);
+            self.seat(number).pace.charge(SIGNATURE_TOKENS);
         }
         done
     }
@@ -805,7 +816,7 @@ impl Registrar {
     fn list(&mut self, line: &Line, list: &List) -> Result<Ack, Refusal> {
         let pattern = Pattern::new(&list.glob).map_err(|text| refuse(Code::BadRequest, text))?;
         let scan = self.catalog.page(&pattern, list.after.as_ref());
-        self.seat(line.member).bucket.charge((scan.looked_at / ROWS_A_TOKEN) as i64);
+        self.seat(line.member).pace.charge((scan.looked_at / ROWS_A_TOKEN) as i64);
         Ok(Ack::Page(scan.page))
     }
 
@@ -955,33 +966,5 @@ impl Seat {
             self.sessions.swap_remove(oldest);
         }
         self.sessions.push(session);
-    }
-}
-
-/// A token bucket, in thousandths of a request; it may go into debt for dear requests.
-#[derive(Clone, Copy, Default)]
-struct Bucket {
-    /// Thousandths used.
-    used: i64,
-    at: Moment,
-}
-
-impl Bucket {
-    /// Takes one request; false where the bucket is empty.
-    fn take(&mut self, now: Moment, a_second: u32, burst: u32) -> bool {
-        let refilled = now.since(self.at).as_micros() * u128::from(a_second) / 1_000;
-        let refilled = i64::try_from(refilled).unwrap_or(i64::MAX);
-        self.used = self.used.saturating_sub(refilled).max(0);
-        self.at = now;
-        if self.used >= i64::from(burst) * 1_000 {
-            return false;
-        }
-        self.used += 1_000;
-        true
-    }
-
-    /// Takes `tokens` requests more.
-    fn charge(&mut self, tokens: i64) {
-        self.used = self.used.saturating_add(tokens.saturating_mul(1_000));
     }
 }

@@ -771,22 +771,98 @@ fn a_member_that_only_reads_hosts_what_is_known_and_publishes_nothing() {
     assert_eq!(code(&reader.register(&mut index, vec![smuggled])), Some(Code::NotAllowed));
 }
 
-#[test]
-fn who_asks_too_fast_is_told_so_and_others_are_not() {
-    let settings = Settings { requests_a_second: 10, burst: 20, ..Settings::default() };
-    let mut index = Index::with(settings);
-    let (mut fast, mut calm) = (index.member(1, Role::Publish), index.member(2, Role::Publish));
-    let mut refused = 0;
-    for _ in 0..50 {
-        refused += u32::from(fast.search(&mut index, id(1)) == Err(Code::TooFast));
+/// A member's searches for what nobody hosts, at once: the codes they were answered with.
+fn storm(index: &mut Index, peer: &mut Peer, count: usize) -> Vec<Code> {
+    let mut codes = vec![];
+    for _ in 0..count {
+        let datagram = peer.seal(&search(id(1)));
+        for (_, reply) in index.hear(peer.from, &datagram) {
+            let (head, plain) = peer.open(&reply);
+            let Ok((_, Reply::Error(refusal))) = Reply::decode(head.kind, &plain) else { panic!() };
+            codes.push(refusal.code);
+        }
     }
-    assert_eq!(refused, 30);
+    codes
+}
+
+/// Ten requests a second, twenty at once. Members that are made take one to prove their address.
+fn strict() -> Index {
+    Index::with(Settings { requests_a_second: 10, burst: 20, ..Settings::default() })
+}
+
+#[test]
+fn who_asks_too_fast_is_told_so_once_then_passed_over_and_others_notice_nothing() {
+    let mut index = strict();
+    let (mut fast, mut calm) = (index.member(1, Role::Publish), index.member(2, Role::Publish));
+    let codes = storm(&mut index, &mut fast, 50);
+    assert_eq!(codes, [[Code::NotFound; 19].as_slice(), &[Code::TooFast]].concat());
+    assert_eq!(index.count(Dropped::TooFast), 30);
     assert_eq!(calm.search(&mut index, id(1)), Err(Code::NotFound));
+    // None of it is opened: what is forged in its name, or comes in another session, fares the same.
+    let mut forged = fast.seal(&search(id(1)));
+    forged[60] ^= 1;
+    assert!(index.hear(fast.from, &forged).is_empty());
+    fast.session = index.session(fast.key.peer());
+    assert!(storm(&mut index, &mut fast, 1).is_empty());
+    assert_eq!((index.count(Dropped::TooFast), index.count(Dropped::Forged)), (32, 0));
     index.pass(SECOND);
-    let done = (0..20).filter(|_| fast.search(&mut index, id(1)) == Err(Code::NotFound)).count();
-    assert_eq!(done, 10, "ten more a second");
-    let stats = index.registrar.stats();
-    assert_eq!(stats.requests[&('S', Some(Code::TooFast))], 40);
+    let codes = storm(&mut index, &mut fast, 50);
+    assert_eq!(codes, [[Code::NotFound; 10].as_slice(), &[Code::TooFast]].concat());
+    assert!(index.hear(fast.from, &forged).is_empty());
+    index.pass(SECOND);
+    assert!(index.hear(fast.from, &forged).is_empty());
+    assert_eq!(index.count(Dropped::Forged), 1, "and then it is opened again");
+}
+
+#[test]
+fn nobody_takes_from_a_members_bucket_by_forging_or_replaying_its_datagrams() {
+    let mut index = strict();
+    let mut peer = index.member(1, Role::Publish);
+    let datagram = peer.seal(&search(id(1)));
+    assert_eq!(index.hear(peer.from, &datagram).len(), 1);
+    let mut forged = peer.seal(&search(id(1)));
+    forged[60] ^= 1;
+    for _ in 0..100 {
+        assert!(index.hear(peer.from, &forged).is_empty());
+        assert!(index.hear(peer.from, &datagram).is_empty());
+    }
+    assert_eq!(storm(&mut index, &mut peer, 18), [Code::NotFound; 18]);
+    assert_eq!((index.count(Dropped::Forged), index.count(Dropped::Replayed)), (100, 100));
+}
+
+#[test]
+fn who_proves_no_address_or_is_no_member_any_more_may_ask_no_faster() {
+    let mut index = strict();
+    let (mut boss, mut peer) = (index.member(1, Role::Admin), index.member(2, Role::Publish));
+    let cookie = std::mem::take(&mut peer.cookie);
+    assert_eq!(storm(&mut index, &mut peer, 50), [Code::CookieNeeded; 20]);
+    assert_eq!(index.count(Dropped::TooFast), 30);
+    peer.cookie = cookie;
+    let out = Ask::Remove(Removal::Peer(peer.key.peer()));
+    assert!(matches!(index.at_desk(boss.key.peer(), out), Some(Answer::Removed(1))));
+    index.pass(SECOND);
+    assert_eq!(storm(&mut index, &mut peer, 50), [Code::Removed; 11]);
+    assert_eq!(boss.search(&mut index, id(1)), Err(Code::NotFound));
+}
+
+#[test]
+fn a_gate_that_has_not_heard_who_is_passed_over_learns_it_with_the_first_it_opens() {
+    let mut index = strict();
+    let mut peer = index.member(1, Role::Publish);
+    storm(&mut index, &mut peer, 20);
+    let mut other = index.registrar.gate();
+    let (now, from) = (index.now, peer.from);
+    let mut batch: Vec<_> = (0..3).map(|_| peer.seal(&search(id(1)))).collect();
+    let opened: Vec<_> =
+        batch.iter_mut().filter_map(|bytes| other.open(now, from, bytes)).collect();
+    assert_eq!(opened.len(), 3);
+    index.registrar.on_batch(now, &opened);
+    index.registrar.brief(&mut other);
+    assert!(index.carry().is_empty() && index.sent.is_empty(), "not a byte");
+    assert!(other.open(now, from, &mut peer.seal(&search(id(1)))).is_none());
+    assert!(other.has_dropped());
+    let later = now + pace::PAUSE;
+    assert!(other.open(later, from, &mut peer.seal(&search(id(1)))).is_some());
 }
 
 /// A registration of `count` contents that nobody else hosts.

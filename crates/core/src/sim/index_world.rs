@@ -40,6 +40,10 @@ pub struct Plan {
     pub(super) alone: bool,
     /// The index and the links are checked every so many times that they did something.
     pub(super) check_every: u64,
+    /// How long a datagram takes that is not late, at most.
+    pub(super) slowest: Duration,
+    /// Requests a second that the index heeds of a machine, and twice as many at once.
+    pub(super) requests_a_second: u32,
 }
 
 impl Default for Plan {
@@ -53,6 +57,8 @@ impl Default for Plan {
             deaths: true,
             alone: true,
             check_every: 1,
+            slowest: Duration::from_millis(20),
+            requests_a_second: Settings::default().requests_a_second,
         }
     }
 }
@@ -909,7 +915,12 @@ impl IndexWorld {
             dice: self.dice.next(),
             secret_seed: *blake3::hash(&seed).as_bytes(),
         };
-        let settings = Settings { heartbeat_s: HEARTBEAT.as_secs() as u16, ..Settings::default() };
+        let settings = Settings {
+            heartbeat_s: HEARTBEAT.as_secs() as u16,
+            requests_a_second: self.plan.requests_a_second,
+            burst: 2 * self.plan.requests_a_second,
+            ..Settings::default()
+        };
         let rows = self.rows.iter().map(|((t, key), value)| (*t, key.clone(), value.clone()));
         let rows: Vec<_> = rows.collect();
         let index =
@@ -1077,7 +1088,8 @@ impl IndexWorld {
                 self.story.lost += 1;
                 continue;
             }
-            let most = if chance(&mut self.dice, self.plan.late) { 2_000_000 } else { 20_000 };
+            let usual = self.plan.slowest.as_micros() as usize;
+            let most = if chance(&mut self.dice, self.plan.late) { 2_000_000 } else { usual };
             let wait = Duration::from_micros(100 + throw(&mut self.dice, most) as u64);
             self.at(wait, event(datagram.to_vec()));
         }
@@ -1234,6 +1246,60 @@ mod tests {
             );
         }
         world.judge();
+    }
+
+    #[test]
+    fn a_peer_that_registers_fifty_thousand_contents_anew_is_not_hurt_and_nobody_waits_for_it() {
+        const CONTENTS: usize = 50_000;
+        const OTHERS: usize = 8;
+        // As quick a line as there is. With what an index allows unless told otherwise the peer is never
+        // too fast; with a twentieth of it, it is told to slow down, and does.
+        for (requests_a_second, within_s) in [(Settings::default().requests_a_second, 4), (250, 16)]
+        {
+            let quiet = Plan { lost: 0, doubled: 0, late: 0, deaths: false, ..Plan::default() };
+            let mut world = IndexWorld::new(
+                8,
+                Plan {
+                    machines: 1 + OTHERS,
+                    alone: false,
+                    check_every: 10_000,
+                    slowest: Duration::from_micros(100),
+                    requests_a_second,
+                    ..quiet
+                },
+            );
+            for (at, count) in [(0, CONTENTS)].into_iter().chain((1..=OTHERS).map(|at| (at, 1))) {
+                let machine = &mut world.machines[at];
+                machine.role = Role::Publish;
+                for n in 0..count {
+                    let id = blake3::hash(&[at as u64, n as u64].map(u64::to_be_bytes).concat());
+                    let id = ContentId::file(*id.as_bytes());
+                    machine.hosts.insert(id, Item { id, size: 1, held: HELD_ALL, name: None });
+                }
+                world.kill(at);
+                world.rebirth(at); // it shares what it hosts
+            }
+            let listed = |world: &IndexWorld| world.catalog().counts().registrations;
+            world.run_for(HEARTBEAT * 4);
+            assert_eq!(listed(&world), CONTENTS + OTHERS);
+            world.index_up(Saved::Members);
+            let lost = *world.machines[1].hosts.keys().next().unwrap();
+            // Until the next heartbeat nobody knows that the index lost anything.
+            world.run_for(HEARTBEAT);
+            let began = world.now;
+            while listed(&world) < CONTENTS + OTHERS {
+                world.search(2, Target::Id(lost), 1);
+                world.run_for(Duration::from_millis(100));
+                assert!(world.machines[2].questions.is_empty(), "another has to wait");
+                let took = world.now.since(began);
+                assert!(took <= Duration::from_secs(within_s), "{} by then", listed(&world));
+            }
+            let stats = world.index.as_ref().unwrap().stats();
+            let too_fast = stats.requests.get(&('R', Some(Code::TooFast))).copied().unwrap_or(0);
+            assert_eq!(too_fast > 0, requests_a_second == 250, "{too_fast}");
+            world.run_for(QUIET);
+            world.judge();
+        }
     }
 
     #[test]

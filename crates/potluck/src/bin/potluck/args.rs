@@ -333,8 +333,10 @@ Examples:
     /// --config FILE sets limits, and is read again at SIGHUP; a file with anything wrong in it is
     /// refused, and what was set holds on. Lines `name = value`, all of them optional: members,
     /// contents, registrations, registrations_a_member, names, versions, versions_a_publisher,
-    /// watchers, sessions_a_member, requests_a_second (of one member), memory = "1GiB" (reckoned; from
-    /// there on nothing more is taken), log = "info" (as POTLUCK_LOG).
+    /// watchers, sessions_a_member, requests_a_second (of one member, twice as many at once; who asks
+    /// faster is told to slow down, and what it sends is passed over unread), memory = "1GiB" (reckoned;
+    /// from there on nothing more is taken), log = "info" (as POTLUCK_LOG). What is given on the command
+    /// line, --workers too, holds until the index is started anew.
     #[command(after_help = "\
 Examples:
   potluck index
@@ -497,6 +499,8 @@ pub(crate) struct Index {
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
     pub(crate) valid: Duration,
     /// Threads that answer datagrams [default: one for each core, at most 4]
+    ///
+    /// They are started with the index: another number takes a restart, SIGHUP does not change it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: Option<u16>,
     /// Where machines read how it is, by HTTP; a port alone means this machine only [default: nowhere]

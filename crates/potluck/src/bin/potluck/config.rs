@@ -52,6 +52,11 @@ fn parse(text: &str) -> Result<Config, String> {
         }
         seen.push(name);
         let quoted = value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+        if name == "workers" {
+            return Err(wrong(
+                "workers are started with the index: potluck index --workers N, anew",
+            ));
+        }
         if name == "log" {
             let filter = quoted.ok_or_else(|| wrong("log is a text: log = \"info\""))?;
             tracing_subscriber::EnvFilter::try_new(filter)
@@ -121,6 +126,10 @@ mod tests {
             ("members = +5", "members is a whole number from 1"),
             ("memory = \"2 potatoes\"", "memory is a size"),
             ("names = 3\nnames = 4", "line 2: names is set twice"),
+            (
+                "workers = 2",
+                "line 1: workers are started with the index: potluck index --workers N",
+            ),
             ("log = info", "log is a text"),
             ("log = \"=[\"", "no filter of the log"),
         ] {
