@@ -133,13 +133,15 @@ pub(crate) struct Place {
     pub(crate) port: u16,
     /// Where its log goes: a file in its folder, or else to whoever runs this.
     pub(crate) logs: bool,
+    /// What it is told as well.
+    pub(crate) args: Vec<String>,
 }
 
 impl Place {
     /// Any port of the loopback.
     pub(crate) fn here() -> Self {
         let address = Ipv4Addr::LOCALHOST.into();
-        Self { core: None, namespace: None, address, port: 0, logs: false }
+        Self { core: None, namespace: None, address, port: 0, logs: false, args: vec![] }
     }
 
     /// A command that will run there. It becomes the program: its process id is the program's.
@@ -194,6 +196,7 @@ impl Machine {
         if verb == "up" {
             command.args(["--label", name]);
         }
+        command.args(&place.args);
         for name in ["POTLUCK_LISTEN", "POTLUCK_LABEL", "POTLUCK_LIMIT_UP", "POTLUCK_LIMIT_DOWN"] {
             command.env_remove(name);
         }

@@ -1,7 +1,7 @@
 //! Owns the measurement of an index: a real process on one core, its members made up on another.
 //! Requests are sealed beforehand, every reply is opened, and one in a few is read as well.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::ops::Range;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -220,6 +220,22 @@ pub(super) struct Crowd {
     real: Real,
 }
 
+/// A crowd on its way to another thread.
+pub(super) struct Apart {
+    pub(super) socket: UdpSocket,
+    network: NetworkId,
+    guests: Vec<Guest>,
+    next_id: u64,
+    real: Real,
+}
+
+impl Apart {
+    pub(super) fn together(self) -> Result<Crowd> {
+        let Self { socket, network, guests, next_id, real } = self;
+        Ok(Crowd { batches: Batches::new(socket)?, network, guests, next_id, real })
+    }
+}
+
 impl Crowd {
     pub(super) fn join(invitation: &Invitation, machines: Range<u32>) -> Result<Self> {
         let keys: Vec<MachineKey> = machines
@@ -263,8 +279,29 @@ impl Crowd {
         Ok(Self { batches, network, guests, next_id: 0, real })
     }
 
+    /// Cuts it up into crowds of consecutive members, each behind a socket of its own.
+    pub(super) fn split(self, crowds: usize) -> Result<Vec<Apart>> {
+        let index = self.batches.socket.peer_addr()?;
+        let each = self.guests.len().div_ceil(crowds);
+        let (mut rest, mut all) = (self.apart(), vec![]);
+        while !rest.guests.is_empty() {
+            let behind = rest.guests.split_off(each.min(rest.guests.len()));
+            let guests = std::mem::replace(&mut rest.guests, behind);
+            let socket = Batches::to(index)?.socket;
+            let Apart { network, next_id, real, .. } = rest;
+            all.push(Apart { socket, network, guests, next_id, real });
+        }
+        Ok(all)
+    }
+
+    /// Without its buffers: another thread may take it.
+    pub(super) fn apart(self) -> Apart {
+        let Self { batches, network, guests, next_id, real } = self;
+        Apart { socket: batches.socket, network, guests, next_id, real }
+    }
+
     /// Registers every content at [`HOSTS`] members; the first of them publishes its name, if any.
-    fn register_all(&mut self, contents: u32) -> Result<()> {
+    pub(super) fn register_all(&mut self, contents: u32) -> Result<()> {
         let mut hosted = vec![vec![]; self.guests.len()];
         for content in 0..contents {
             (0..HOSTS).for_each(|nth| hosted[host(content, nth)].push((content, nth == 0)));

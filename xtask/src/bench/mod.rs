@@ -13,6 +13,7 @@ mod share;
 mod storm;
 mod tracker;
 mod transfer;
+mod workers;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -63,7 +64,8 @@ enum What {
     Disk,
     /// How near transfers stay to a limit
     Limits,
-    /// Requests that the index answers on one core, against echoes and a BitTorrent tracker
+    /// Requests that the index answers on one core, against echoes and a BitTorrent tracker; and what a
+    /// second worker costs
     Index,
     /// The same while it is attacked, and how soon 10,000 watchers are told of a change
     Attack,
@@ -117,7 +119,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             What::Limits => limits::run(&setting)?,
             What::Huge => huge::run(&setting)?,
             What::Attack => index::run(&setting, args.registrations, true)?,
-            What::Index | What::All => index::run(&setting, args.registrations, false)?,
+            What::Index | What::All => {
+                index::run(&setting, args.registrations, false)?;
+                workers::run(&setting)?;
+            }
         }
         fs::remove_dir_all(&setting.dir)?;
     }

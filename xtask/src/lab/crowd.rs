@@ -60,6 +60,7 @@ impl Crowd {
                 address: address(nth).into(),
                 port: PORT,
                 logs: true,
+                args: vec![],
             };
             Ok(Host { place, home })
         };

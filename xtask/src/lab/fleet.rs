@@ -38,6 +38,7 @@ impl Fleet {
             address: address(host).into(),
             port: 0,
             logs: true,
+            args: vec![],
         };
         let (index, _) = Machine::index_at(potluck, under, &place(fetchers + 1))?;
         let invited = index.asks(["invite", "--uses", &(fetchers + 1).to_string()])?;
