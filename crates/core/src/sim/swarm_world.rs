@@ -560,8 +560,17 @@ impl World {
 
     /// Hears of hosts, and dials them while it has too few.
     fn learn(&mut self, p: u32, hosts: Vec<u32>) {
+        let now = self.moment();
         for other in hosts.into_iter().filter(|other| *other != p) {
-            self.peer(p).known.entry(other).or_insert(0);
+            let peer = self.peer(p);
+            peer.known.entry(other).or_insert(0);
+            // Who stood by already may not have had any of it when the connection was made.
+            let Some(way) = peer.ways.get(&other).copied() else { continue };
+            let mut wanting = peer.wanting();
+            wanting.retain(|content| {
+                peer.swarm(*content).is_some_and(|swarm| swarm.view(now, Host(other)).is_none())
+            });
+            wanting.into_iter().for_each(|content| self.say(way, Frame::Open(content)));
         }
         self.dial(p);
     }
@@ -777,7 +786,7 @@ impl World {
         let (host, peer) = (Host(from), &mut self.peers[to as usize]);
         match frame {
             Frame::Open(content) => {
-                if peer.shares(content) {
+                if peer.shares(content) && self.way(back).opened & 1 << content == 0 {
                     self.way(back).opened |= 1 << content;
                     self.say(back, Frame::Opened(content));
                     self.tell_of_hosts(back, content);
