@@ -248,22 +248,22 @@ fn what_a_host_stands_still_with_is_made_up_for_after_two_of_its_usual_times() {
     let mut w = Watched::new(2_000);
     (1..=2).for_each(|host| w.host_with(ms(0), host, 0..2_000));
     let mut asked = [VecDeque::new(), VecDeque::new()];
-    let mut step = |w: &mut Watched, at: u64, answering: &[usize]| {
+    let mut step = |w: &mut Watched, at: u64, answering: &[u32]| {
         w.tick(ms(at));
-        for host in 0..2 {
-            asked[host].extend(w.asked(host as u32 + 1));
+        for (host, asked) in (1..).zip(&mut asked) {
+            asked.extend(w.asked(host));
             if answering.contains(&host)
-                && at % 100 == 0
-                && let Some(piece) = asked[host].pop_front()
+                && at.is_multiple_of(100)
+                && let Some(piece) = asked.pop_front()
             {
-                w.arrives(ms(at), host as u32 + 1, piece);
+                w.arrives(ms(at), host, piece);
             }
         }
         asked[1].len()
     };
     // One every 100 ms of each; then the first stands still.
-    let usual = (0..3_000).map(|at| step(&mut w, at, &[0, 1])).skip(2_000).max().unwrap_or(0);
-    let since = (3_000..4_000).find(|at| step(&mut w, *at, &[1]) > usual);
+    let usual = (0..3_000).map(|at| step(&mut w, at, &[1, 2])).skip(2_000).max().unwrap_or(0);
+    let since = (3_000..4_000).find(|at| step(&mut w, *at, &[2]) > usual);
     assert!(since.is_some_and(|at| at <= 2_900 + 200 + 100), "{usual} until {since:?}");
 }
 
