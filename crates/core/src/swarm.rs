@@ -745,9 +745,9 @@ impl Swarm {
             }
             while let Some(host) = self.freest(now) {
                 let Some(n) = self.hosts.get(&host) else { break };
-                let Some(piece) = self.rarity.rarest(&n.open, n.following, &mut self.dice) else {
-                    break;
-                };
+                // Nobody to differ from: in the order that disks read in.
+                let liked = n.following.filter(|_| self.hosts.len() == 1);
+                let Some(piece) = self.rarity.rarest(&n.open, liked, &mut self.dice) else { break };
                 self.ask(now, host, piece);
             }
             if let Some((host, piece)) = self.granted_before(now) {

@@ -68,7 +68,7 @@ pub(super) struct Neighbour {
     /// What it was asked for, in that order, which is the order it answers in.
     asked: VecDeque<Asked>,
     asked_bytes: u64,
-    /// The piece behind the last that it was asked for: its disk reads on there, and ours writes.
+    /// The piece behind the last that it was asked for.
     pub(super) following: Option<Piece>,
     /// The first of `asked` has had the host to itself since then.
     turn: Moment,

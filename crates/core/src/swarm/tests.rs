@@ -126,23 +126,24 @@ fn the_rarest_piece_is_asked_for_first() {
 }
 
 #[test]
-fn of_equally_rare_pieces_a_host_is_asked_for_those_that_follow_each_other() {
-    let mut w = Watched::new(400);
-    w.host_with(ms(0), 1, 0..400);
-    // Another begins elsewhere, and has what the first lacks the most of.
-    w.host_with(ms(0), 2, 350..400);
-    let mut order = Vec::new();
-    for at in 0..200 {
-        for piece in w.asked(1) {
-            order.push(piece);
-            w.arrives(ms(at), 1, piece);
+fn a_host_alone_is_asked_for_pieces_that_follow_each_other_and_several_are_not() {
+    let follows = |hosts: u32| {
+        let mut w = Watched::new(400);
+        (1..=hosts).for_each(|host| w.host_with(ms(0), host, 0..400));
+        let mut order = Vec::new();
+        for at in 0..200 {
+            for host in 1..=hosts {
+                for piece in w.asked(host) {
+                    order.push(piece);
+                    w.arrives(ms(at), host, piece);
+                }
+            }
         }
-    }
-    let follows = order.windows(2).filter(|two| two[1] == two[0] + 1).count();
-    assert!(order.len() > 300 && follows * 10 >= order.len() * 9, "{follows} of {order:?}");
-    // Rarity comes first: what both have is the last that is asked for.
-    let common = order.iter().position(|piece| *piece >= 350).unwrap_or(order.len());
-    assert!(common >= 340, "{order:?}");
+        assert!(order.len() > 300, "{order:?}");
+        order.windows(2).filter(|two| two[1] == two[0] + 1).count() * 100 / order.len()
+    };
+    let (alone, several) = (follows(1), follows(3));
+    assert!(alone > 90 && several < 20, "{alone} % and {several} %");
 }
 
 #[test]
