@@ -1,5 +1,6 @@
 //! Owns potluck's own part in the lab: an index, a seed and fetchers, each in a namespace.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::thread;
@@ -89,13 +90,20 @@ impl Players for Fleet {
 
     fn duplicate_bytes(&self, arrivals: &[Arrival]) -> Option<u64> {
         let mut twice = 0;
-        for (host, machine) in self.machines.iter().enumerate().skip(1) {
+        for (host, machine) in self.machines.iter().enumerate() {
             let mine = arrivals.iter().filter(|arrival| arrival.host == host);
-            if mine.filter(|arrival| arrival.got.is_ok()).count() < self.contents.len() {
+            if host > 0 && mine.filter(|a| a.got.is_ok()).count() < self.contents.len() {
                 continue; // It may not even answer.
             }
-            let Ok(Event::Status(status)) = machine.asks(["status"]) else { return None };
-            twice += status.stats.fetched.duplicate_bytes;
+            match machine.asks(["status"]) {
+                Ok(Event::Status(status)) => {
+                    twice += status.stats.fetched.duplicate_bytes;
+                    let said = Event::Status(status).to_line().unwrap_or_default();
+                    let _ = fs::write(machine.home.join("status"), said);
+                }
+                _ if host == 0 => {} // It may have been killed.
+                _ => return None,
+            }
         }
         Some(twice)
     }

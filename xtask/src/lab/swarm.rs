@@ -304,14 +304,16 @@ impl Run<'_> {
     }
 }
 
-/// Keeps what the hosts logged.
+/// Keeps what the hosts logged, and what they said of themselves at the end.
 pub(super) fn keep_logs(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
         let entry = entry?;
-        let log = entry.path().join("log");
-        if log.is_file() {
-            fs::copy(log, to.join(entry.file_name()).with_extension("log"))?;
+        for kept in ["log", "status"] {
+            let file = entry.path().join(kept);
+            if file.is_file() {
+                fs::copy(file, to.join(entry.file_name()).with_extension(kept))?;
+            }
         }
     }
     Ok(())

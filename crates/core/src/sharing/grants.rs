@@ -25,7 +25,8 @@ const OPEN_AHEAD: Duration = Duration::from_millis(20);
 const UNSPREAD: u64 = 4;
 /// … or as many as are its part in this time: a piece needs as long to get about and be told of.
 const SPREAD_TIME: Duration = Duration::from_millis(100);
-/// A grant that is not taken in this time is withdrawn …
+/// A grant that is not taken in this time (or in four times what all open grants should take to send:
+/// its word waits behind their bytes) is withdrawn …
 const NOT_TAKEN: Duration = Duration::from_secs(1);
 /// … and its reader is granted nothing for so long.
 const REST: Duration = Duration::from_secs(2);
@@ -412,12 +413,12 @@ impl Grants {
     pub(super) fn tick(&mut self, now: Moment, outflow: Outflow) -> u64 {
         let mut withdrawn = 0;
         let sending = self.open.saturating_mul(1_000).checked_div(outflow.rate).unwrap_or(0);
-        let not_sent = NOT_SENT.max(Duration::from_millis(4 * sending));
+        let sending = Duration::from_millis(4 * sending);
         let late = |grant: &Grant| {
             now.since(grant.since)
                 >= match grant.stage {
-                    Stage::Granted => NOT_TAKEN,
-                    Stage::Taken => not_sent,
+                    Stage::Granted => NOT_TAKEN.max(sending),
+                    Stage::Taken => NOT_SENT.max(sending),
                     Stage::Sent => NOT_ANNOUNCED,
                 }
         };
