@@ -60,8 +60,24 @@ impl PieceSet {
         held
     }
 
+    /// Whether it has any piece that `other` has not. Quick where `other` is sparse.
+    pub(crate) fn exceeds(&self, other: &Self) -> bool {
+        self.count > other.count
+            || self.heads.iter().enumerate().any(|(at, head)| {
+                let mut words = *head;
+                while words != 0 {
+                    let word = at * 64 + words.trailing_zeros() as usize;
+                    if self.words[word] & !other.words[word] != 0 {
+                        return true;
+                    }
+                    words &= words - 1;
+                }
+                false
+            })
+    }
+
     /// One of the pieces in both sets, from a random place on.
-    fn meet(&self, other: &Self, dice: &mut Dice) -> Option<Piece> {
+    pub(crate) fn meet(&self, other: &Self, dice: &mut Dice) -> Option<Piece> {
         if self.is_empty() || other.is_empty() {
             return None;
         }
@@ -207,6 +223,8 @@ mod tests {
             let common: BTreeSet<u32> =
                 ones.iter().filter(|p| others.contains(p) && !gone.contains(p) && **p < len).copied().collect();
             let mut dice = Dice(seed);
+            let more = ones.iter().any(|p| *p < len && !gone.contains(p) && !common.contains(p));
+            prop_assert_eq!(a.exceeds(&b), more);
             match a.meet(&b, &mut dice) {
                 Some(p) => prop_assert!(common.contains(&p.0)),
                 None => prop_assert!(common.is_empty()),

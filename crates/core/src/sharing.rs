@@ -2,6 +2,7 @@
 //! among members, grants by a seed. Never sees a piece's bytes.
 
 mod grants;
+mod stock;
 #[cfg(test)]
 mod tests;
 
@@ -710,13 +711,13 @@ impl Sharing {
     }
 
     fn outflow(&self) -> Outflow {
-        let idle = self.waiting == 0 && self.sending == 0;
+        let free = self.sending == 0;
         let rate = match (self.pace.rate(), self.limit) {
             (0, Some(limit)) => limit,
             (rate, Some(limit)) => rate.min(limit),
             (rate, None) => rate,
         };
-        Outflow { rate, idle }
+        Outflow { rate, free, idle: free && self.waiting == 0 }
     }
 
     /// Serves and grants what there is room for; grants of this content, or of all that are open.

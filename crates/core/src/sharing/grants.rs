@@ -11,9 +11,11 @@ use crate::bitfield::Bitfield;
 use crate::dice::Dice;
 use crate::id::{PeerId, Piece};
 use crate::layout::Layout;
-use crate::rarity::{PieceSet, Rarity};
+use crate::rarity::PieceSet;
 use crate::swarm::Host;
 use crate::time::{Duration, Moment};
+
+use super::stock::Stock;
 
 /// A reader has this many pieces granted and not sent (or its part of [`OPEN_AHEAD`]) …
 const OPEN_EACH: u64 = 2;
@@ -39,12 +41,14 @@ const NOT_ANNOUNCED: Duration = Duration::from_secs(5);
 const DECLINED: Duration = Duration::from_secs(2);
 
 /// Whenever we have nothing to do though readers lack pieces, the limits above were too narrow: the
-/// network is slow to answer, or readers cannot reach each other. Then they widen by this many
-/// [`UNSTRETCHED`]ths every so often, and narrow by one whenever we are busy.
-const WIDEN: u64 = 64;
-/// See [`WIDEN`].
-const WIDEN_EVERY_MS: u64 = 5;
-/// See [`WIDEN`].
+/// network is slow to answer, or readers cannot reach each other. When we idled for this long in all, or
+/// for as long as a reader takes to answer a grant, they double: sooner nothing can have come of it. When
+/// we were busy for as long they narrow by a 64th.
+const WIDEN_EVERY: Duration = Duration::from_millis(5);
+/// With nothing else to do, a second copy of what is under way is granted so often, or once in the time
+/// that a reader takes to answer.
+const SPARE_EVERY: Duration = Duration::from_millis(5);
+/// See [`WIDEN_EVERY`].
 const UNSTRETCHED: u64 = 64;
 /// The limits are never wider than 32 times.
 const MOST_STRETCHED: u64 = 32 * UNSTRETCHED;
@@ -86,7 +90,9 @@ struct Reader {
 pub(super) struct Outflow {
     /// Bytes a second; 0 while unknown.
     pub(super) rate: u64,
-    /// Nothing is queued or being sent, whatever the content.
+    /// Nothing is being sent, whatever the content, but on lines that are stuck; …
+    pub(super) free: bool,
+    /// … and nothing is queued.
     pub(super) idle: bool,
 }
 
@@ -100,8 +106,7 @@ impl Outflow {
 pub(super) struct Grants {
     layout: Arc<Layout>,
     readers: BTreeMap<PeerId, Reader>,
-    /// On offer: what we hold. Copies: readers that hold a piece or were granted it.
-    rarity: Rarity,
+    stock: Stock,
     /// Bytes of all grants that were not sent.
     open: u64,
     /// Fresh pieces, sent, that were seen with this reader only.
@@ -110,25 +115,36 @@ pub(super) struct Grants {
     granting: bool,
     /// By how much the limits are widened, in [`UNSTRETCHED`]ths.
     stretch: u64,
-    /// We idle since then, or had widened for it then; and what idling was not widened for yet.
-    idle: Option<Moment>,
+    /// Whether we idled when that was looked at last, and how long we had idled and been busy by then
+    /// since the limits were changed for it.
+    idles: bool,
+    looked: Moment,
     idled: Duration,
+    busy: Duration,
+    /// How long the last grant that was taken had waited for that.
+    answer: Option<Duration>,
+    /// From then on, what is under way may be granted to one more.
+    spare_at: Moment,
 }
 
 impl Grants {
     pub(super) fn new(layout: Arc<Layout>, have: &Bitfield) -> Self {
-        let mut rarity = Rarity::new(layout.pieces());
-        have.iter().for_each(|piece| rarity.offer(piece));
+        let mut stock = Stock::new(layout.pieces());
+        have.iter().for_each(|piece| stock.hold(piece));
         Self {
             layout,
             readers: BTreeMap::new(),
-            rarity,
+            stock,
             open: 0,
             unspread: BTreeMap::new(),
             granting: false,
             stretch: UNSTRETCHED,
-            idle: None,
+            idles: false,
+            looked: Moment::ZERO,
             idled: Duration::ZERO,
+            busy: Duration::ZERO,
+            answer: None,
+            spare_at: Moment::ZERO,
         }
     }
 
@@ -141,7 +157,7 @@ impl Grants {
         let pieces = self.layout.pieces();
         let reader = self.readers.entry(peer).or_insert_with(|| {
             let mut lacks = PieceSet::none(pieces);
-            let held = (0..pieces).map(Piece).filter(|p| self.rarity.is_offered(*p));
+            let held = (0..pieces).map(Piece).filter(|p| self.stock.holds(*p));
             held.for_each(|piece| {
                 lacks.insert(piece);
             });
@@ -166,10 +182,13 @@ impl Grants {
         if !reader.hosts.is_empty() {
             return;
         }
+        let granted = reader.grants.keys().copied().collect::<Vec<_>>();
+        for piece in granted {
+            self.note(peer, piece, None);
+            self.stock.break_promise(piece);
+        }
         if let Some(reader) = self.readers.remove(&peer) {
-            let pieces = reader.have.iter().chain(reader.grants.keys().copied());
-            pieces.for_each(|piece| self.rarity.lower(piece));
-            self.open -= reader.open;
+            reader.have.iter().for_each(|piece| self.stock.miss(piece));
             self.unspread.retain(|_, whose| *whose != peer);
         }
     }
@@ -192,14 +211,8 @@ impl Grants {
         }
         reader.lacks.remove(piece);
         reader.declined.remove(&piece);
-        match reader.grants.remove(&piece) {
-            Some(grant) if grant.stage != Stage::Sent => {
-                let bytes = u64::from(self.layout.len_of(piece));
-                (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
-            }
-            Some(_) => {}
-            None => self.rarity.raise(piece),
-        }
+        let promised = self.note(peer, piece, None).is_some();
+        self.stock.see(piece, promised);
         if self.unspread.get(&piece).is_some_and(|whose| *whose != peer) {
             self.is_spread(piece);
         }
@@ -209,8 +222,8 @@ impl Grants {
         for &piece in pieces {
             let Some(reader) = self.readers.get_mut(&peer) else { return };
             if reader.have.remove(piece) {
-                self.rarity.lower(piece);
-                if self.rarity.is_offered(piece) {
+                self.stock.miss(piece);
+                if self.stock.holds(piece) {
                     reader.lacks.insert(piece);
                 }
                 if self.unspread.get(&piece) == Some(&peer) {
@@ -222,7 +235,7 @@ impl Grants {
 
     /// We hold this again.
     pub(super) fn on_held(&mut self, piece: Piece) {
-        self.rarity.offer(piece);
+        self.stock.hold(piece);
         for reader in self.readers.values_mut() {
             let spoken = reader.have.has(piece)
                 || reader.grants.contains_key(&piece)
@@ -235,17 +248,15 @@ impl Grants {
 
     /// We hold this no longer.
     pub(super) fn on_lost(&mut self, piece: Piece) {
-        self.rarity.retract(piece);
-        for reader in self.readers.values_mut() {
+        self.stock.lose(piece);
+        let readers: Vec<PeerId> = self.readers.keys().copied().collect();
+        for peer in readers {
+            if self.note(peer, piece, None).is_some() {
+                self.stock.break_promise(piece);
+            }
+            let Some(reader) = self.readers.get_mut(&peer) else { continue };
             reader.lacks.remove(piece);
             reader.declined.remove(&piece);
-            if let Some(grant) = reader.grants.remove(&piece) {
-                self.rarity.lower(piece);
-                if grant.stage != Stage::Sent {
-                    let bytes = u64::from(self.layout.len_of(piece));
-                    (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
-                }
-            }
         }
         self.is_spread(piece);
     }
@@ -264,7 +275,7 @@ impl Grants {
     /// It was sent.
     pub(super) fn on_sent(&mut self, now: Moment, peer: PeerId, piece: Piece) {
         self.advance(now, peer, piece, Stage::Sent);
-        if self.rarity.copies(piece) != 1 || self.unspread.get(&piece) == Some(&peer) {
+        if self.stock.copies(piece) != 1 || self.unspread.get(&piece) == Some(&peer) {
             return;
         }
         // It may count as another's, who had it sent and then gave it up.
@@ -276,34 +287,40 @@ impl Grants {
     }
 
     fn advance(&mut self, now: Moment, peer: PeerId, piece: Piece, stage: Stage) {
-        let bytes = u64::from(self.layout.len_of(piece));
         let Some(reader) = self.readers.get_mut(&peer).filter(|r| !r.have.has(piece)) else {
             return;
         };
         reader.lacks.remove(piece);
         reader.declined.remove(&piece);
-        match reader.grants.insert(piece, Grant { stage, since: now }) {
-            Some(before) if before.stage != Stage::Sent => {
-                (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
+        match self.note(peer, piece, Some(Grant { stage, since: now })) {
+            None => self.stock.promise(piece),
+            Some(before) if (before.stage, stage) == (Stage::Granted, Stage::Taken) => {
+                self.answer = Some(now.since(before.since));
             }
             Some(_) => {}
-            None => self.rarity.raise(piece),
         }
-        if stage != Stage::Sent {
-            (reader.open, self.open) = (reader.open + bytes, self.open + bytes);
-        }
+    }
+
+    /// Puts a grant into the books, or takes it out of them; the one there was.
+    fn note(&mut self, peer: PeerId, piece: Piece, grant: Option<Grant>) -> Option<Grant> {
+        let bytes = u64::from(self.layout.len_of(piece));
+        let reader = self.readers.get_mut(&peer)?;
+        let before = match grant {
+            Some(grant) => reader.grants.insert(piece, grant),
+            None => reader.grants.remove(&piece),
+        };
+        let open =
+            |grant: Option<Grant>| grant.map_or(0, |g| bytes * u64::from(g.stage != Stage::Sent));
+        reader.open = reader.open + open(grant) - open(before);
+        self.open = self.open + open(grant) - open(before);
+        before
     }
 
     /// The reader does not want this of us just now, or will not get it.
     pub(super) fn on_declined(&mut self, now: Moment, peer: PeerId, piece: Piece) {
-        let Some(reader) = self.readers.get_mut(&peer) else { return };
-        if let Some(grant) = reader.grants.remove(&piece) {
-            self.rarity.lower(piece);
-            if grant.stage != Stage::Sent {
-                let bytes = u64::from(self.layout.len_of(piece));
-                (reader.open, self.open) = (reader.open - bytes, self.open - bytes);
-            }
-            reader.declined.insert(piece, now);
+        if self.note(peer, piece, None).is_some() {
+            self.stock.break_promise(piece);
+            self.readers.get_mut(&peer).map(|reader| reader.declined.insert(piece, now));
         }
     }
 
@@ -319,7 +336,7 @@ impl Grants {
     /// Sees whether readers are to be steered; returns the hosts that are to see what we hold since
     /// they no longer are.
     pub(super) fn settle(&mut self) -> Vec<Host> {
-        let ours = self.rarity.offered();
+        let ours = self.stock.held();
         let lacking = self.readers.values().filter(|r| r.have.count() < ours);
         let was = std::mem::replace(&mut self.granting, lacking.take(2).count() == 2);
         match was && !self.granting {
@@ -343,16 +360,10 @@ impl Grants {
         let size = u64::from(self.layout.piece_size());
         let all = self.stretched((OPEN_ALL * size).max(outflow.within(OPEN_AHEAD)));
         while self.open + size <= all {
-            let idle = outflow.idle && self.open == 0;
-            let Some(peer) = self.next_reader(now, outflow, idle, &grants) else { break };
+            let Some((peer, piece)) = self.next_grant(now, outflow, &grants, dice) else { break };
+            self.advance(now, peer, piece, Stage::Granted);
             let Some(reader) = self.readers.get_mut(&peer) else { break };
-            let Some(piece) = self.rarity.rarest(&reader.lacks, None, dice) else { break };
-            reader.lacks.remove(piece);
-            reader.grants.insert(piece, Grant { stage: Stage::Granted, since: now });
             reader.last = now;
-            let bytes = u64::from(self.layout.len_of(piece));
-            (reader.open, self.open) = (reader.open + bytes, self.open + bytes);
-            self.rarity.raise(piece);
             // Several connections to one member are there to be used together.
             let host = reader.hosts[dice.below(reader.hosts.len() as u64) as usize];
             grants.entry(host).or_default().push(piece);
@@ -362,16 +373,20 @@ impl Grants {
 
     /// Widens the limits while we idle though readers lack pieces; narrows them while we do not.
     fn adapt(&mut self, now: Moment, idle: bool) {
-        if !idle || self.readers.values().all(|r| r.lacks.is_empty()) {
-            self.idle = None;
-            self.stretch = self.stretch.saturating_sub(1).max(UNSTRETCHED);
-        } else {
-            let idled = self.idle.map_or(Duration::ZERO, |since| now.since(since));
-            self.idle = Some(now);
-            self.idled += idled;
-            let steps = self.idled.as_millis() as u64 / WIDEN_EVERY_MS;
-            self.idled = self.idled.saturating_sub(Duration::from_millis(steps * WIDEN_EVERY_MS));
-            self.stretch = (self.stretch + steps * WIDEN).min(MOST_STRETCHED);
+        let passed = now.since(std::mem::replace(&mut self.looked, now));
+        let idles = idle && self.readers.values().any(|r| self.stock.offers_of(&r.lacks));
+        let patience = self.answer.map(|answer| answer.max(WIDEN_EVERY));
+        match std::mem::replace(&mut self.idles, idles) {
+            true => self.idled += passed,
+            false => self.busy += passed,
+        }
+        if patience.is_some_and(|patience| self.idled >= patience) {
+            self.idled = Duration::ZERO;
+            self.stretch = (2 * self.stretch).min(MOST_STRETCHED);
+        }
+        if patience.is_some_and(|patience| self.busy >= patience) {
+            self.busy = Duration::ZERO;
+            self.stretch = (self.stretch - self.stretch / UNSTRETCHED).max(UNSTRETCHED);
         }
     }
 
@@ -379,15 +394,17 @@ impl Grants {
         bytes * self.stretch / UNSTRETCHED
     }
 
-    /// Who is to be granted something next. With nothing else to do, also one that does not pass
-    /// things on: perhaps nobody can reach it but us.
-    fn next_reader(
-        &self,
+    /// Who is to be granted what next. With nothing else to do, also one that does not pass things on,
+    /// since perhaps nobody can reach it but us, and also what is under way to another, a piece now and
+    /// then: perhaps it never arrives there.
+    fn next_grant(
+        &mut self,
         now: Moment,
         outflow: Outflow,
-        idle: bool,
         grants: &BTreeMap<Host, Vec<Piece>>,
-    ) -> Option<PeerId> {
+        dice: &mut Dice,
+    ) -> Option<(PeerId, Piece)> {
+        let idle = outflow.idle && self.open == 0;
         let size = u64::from(self.layout.piece_size());
         let part = Outflow { rate: outflow.rate / self.readers.len().max(1) as u64, ..outflow };
         let each = self.stretched((OPEN_EACH * size).max(part.within(OPEN_AHEAD)));
@@ -396,16 +413,25 @@ impl Grants {
             // A wide window is filled in steps, so that grants travel together.
             let begun = reader.hosts.iter().any(|host| grants.contains_key(host));
             let step = if begun { 0 } else { each / 8 };
-            !reader.lacks.is_empty()
-                && reader.rest <= now
+            reader.rest <= now
                 && reader.open + size.max(step) <= each
                 && (reader.unspread < unspread || idle)
         };
-        self.readers
-            .iter()
-            .filter(|(_, reader)| fits(reader))
-            .min_by_key(|(_, r)| (idle.then_some(r.unspread), r.open, r.last))
-            .map(|(peer, _)| *peer)
+        let next = |wants: fn(&Stock, &PieceSet) -> bool| {
+            let readers =
+                self.readers.iter().filter(|(_, r)| wants(&self.stock, &r.lacks) && fits(r));
+            readers.min_by_key(|(_, r)| (idle.then_some(r.unspread), r.open, r.last))
+        };
+        if let Some((peer, reader)) = next(Stock::offers_of) {
+            return Some((*peer, self.stock.rarest(&reader.lacks, dice)?));
+        }
+        if !outflow.free || now < self.spare_at {
+            return None;
+        }
+        let (peer, reader) = next(|_, lacks| !lacks.is_empty())?;
+        let spare = (*peer, self.stock.promised(&reader.lacks, dice)?);
+        self.spare_at = now + self.answer.unwrap_or_default().max(SPARE_EVERY);
+        Some(spare)
     }
 
     /// Withdraws what was not taken (returns how many), forgets what was not announced, offers again
@@ -433,7 +459,7 @@ impl Grants {
                 .collect();
             for piece in again {
                 reader.declined.remove(&piece);
-                if self.rarity.is_offered(piece) {
+                if self.stock.holds(piece) {
                     reader.lacks.insert(piece);
                 }
             }
@@ -461,6 +487,7 @@ impl Grants {
 
     pub(super) fn check(&self) {
         let mut copies = vec![0u16; self.layout.pieces() as usize];
+        let mut seen = copies.clone();
         let mut unspread = BTreeMap::<PeerId, u64>::new();
         for (piece, peer) in &self.unspread {
             *unspread.entry(*peer).or_default() += u64::from(self.layout.len_of(*piece));
@@ -479,9 +506,9 @@ impl Grants {
             for piece in (0..self.layout.pieces()).map(Piece) {
                 let counted = reader.have.has(piece) || reader.grants.contains_key(&piece);
                 copies[piece.0 as usize] += u16::from(counted);
-                let lacks = self.rarity.is_offered(piece)
-                    && !counted
-                    && !reader.declined.contains_key(&piece);
+                seen[piece.0 as usize] += u16::from(reader.have.has(piece));
+                let lacks =
+                    self.stock.holds(piece) && !counted && !reader.declined.contains_key(&piece);
                 assert_eq!(lacks, reader.lacks.has(piece), "{peer:?} lacks {piece:?}");
             }
         }
@@ -489,7 +516,11 @@ impl Grants {
         assert_eq!(open, self.open, "bytes granted in all");
         assert!(unspread.is_empty(), "unspread pieces of readers that are gone");
         for piece in (0..self.layout.pieces()).map(Piece) {
-            assert_eq!(copies[piece.0 as usize], self.rarity.copies(piece), "copies of {piece:?}");
+            let (copies, seen) = (copies[piece.0 as usize], seen[piece.0 as usize]);
+            let stock = &self.stock;
+            assert_eq!((copies, seen), (stock.copies(piece), stock.seen(piece)), "of {piece:?}");
+            let under_way = stock.holds(piece) && copies > 0 && seen == 0;
+            assert_eq!(under_way, stock.is_under_way(piece), "{piece:?} is under way");
         }
     }
 }
