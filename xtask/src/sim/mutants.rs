@@ -113,9 +113,13 @@ const MUTANTS: &[Mutant] = &[
     mutant("sharing", "sharing.rs", "nobody is ever told Busy", "&& self.readers_besides(peer) >= FEW_READERS {", "&& self.readers_besides(peer) >= FEW_READERS && !$on {"),
     mutant("sharing", "sharing.rs", "one member may have any number of pieces waiting", "if member.waiting >= MOST_WAITING {", "if member.waiting >= MOST_WAITING && !$on {"),
     mutant("sharing", "sharing.rs", "a connection whose socket takes nothing blocks all others", "if waited >= patience && !line.stuck {", "if waited >= patience && !line.stuck && !$on {"),
-    mutant("sharing", "sharing/grants.rs", "grants that are not taken are kept", "Stage::Granted => NOT_TAKEN,", "Stage::Granted if $on => Duration::MAX,\n                    Stage::Granted => NOT_TAKEN,"),
+    mutant("sharing", "sharing/grants.rs", "grants that are not taken are kept", "Stage::Granted => NOT_TAKEN.max(sending),", "Stage::Granted if $on => Duration::MAX,\n                    Stage::Granted => NOT_TAKEN.max(sending),"),
     mutant("sharing", "sharing/grants.rs", "what was declined is never granted again", ".filter(|(_, since)| now.since(**since) >= DECLINED)", ".filter(|(_, since)| !$on && now.since(**since) >= DECLINED)"),
     mutant("sharing", "sharing/grants.rs", "one reader is granted pieces, and several help themselves", "lacking.take(2).count() == 2);", "lacking.take(2).count() == if $on { 1 } else { 2 });"),
+    mutant("sharing", "sharing/grants.rs", "grants are taken back before a slow line can have told of them", "let sending = Duration::from_millis(4 * sending);", "let sending = Duration::from_millis(if $on { 0 } else { 4 * sending });"),
+    mutant("sharing", "sharing/grants.rs", "a second copy goes out while the first is under way", "if !outflow.free || now < self.spare_at {", "if !$on && (!outflow.free || now < self.spare_at) {"),
+    mutant("sharing", "sharing/grants.rs", "what is under way to one is kept from all others for ever", "let (peer, reader) = next(|_, lacks| !lacks.is_empty())?;", "let (peer, reader) = next(|_, lacks| !lacks.is_empty()).filter(|_| !$on)?;"),
+    mutant("sharing", "sharing/grants.rs", "limits widen while the first grants are not answered", "self.answer.map(|answer| answer.max(WIDEN_EVERY));", "self.answer.map(|answer| if $on { WIDEN_EVERY } else { answer.max(WIDEN_EVERY) });"),
 ];
 
 /// Prints a table of all mutants (or of those that `only` means) and of what noticed

@@ -45,8 +45,8 @@ const DECLINED: Duration = Duration::from_secs(2);
 /// for as long as a reader takes to answer a grant, they double: sooner nothing can have come of it. When
 /// we were busy for as long they narrow by a 64th.
 const WIDEN_EVERY: Duration = Duration::from_millis(5);
-/// With nothing else to do, a second copy of what is under way is granted so often, or once in the time
-/// that a reader takes to answer.
+/// A second copy of what is under way is granted once there was nothing else to do for so long, or for as
+/// long as a reader takes to answer.
 const SPARE_EVERY: Duration = Duration::from_millis(5);
 /// See [`WIDEN_EVERY`].
 const UNSTRETCHED: u64 = 64;
@@ -123,7 +123,7 @@ pub(super) struct Grants {
     busy: Duration,
     /// How long the last grant that was taken had waited for that.
     answer: Option<Duration>,
-    /// From then on, what is under way may be granted to one more.
+    /// From then on, if nothing is granted meanwhile, what is under way may be granted to one more.
     spare_at: Moment,
 }
 
@@ -362,6 +362,7 @@ impl Grants {
         while self.open + size <= all {
             let Some((peer, piece)) = self.next_grant(now, outflow, &grants, dice) else { break };
             self.advance(now, peer, piece, Stage::Granted);
+            self.spare_at = now + self.answer.unwrap_or_default().max(SPARE_EVERY);
             let Some(reader) = self.readers.get_mut(&peer) else { break };
             reader.last = now;
             // Several connections to one member are there to be used together.
@@ -398,7 +399,7 @@ impl Grants {
     /// since perhaps nobody can reach it but us, and also what is under way to another, a piece now and
     /// then: perhaps it never arrives there.
     fn next_grant(
-        &mut self,
+        &self,
         now: Moment,
         outflow: Outflow,
         grants: &BTreeMap<Host, Vec<Piece>>,
@@ -429,9 +430,7 @@ impl Grants {
             return None;
         }
         let (peer, reader) = next(|_, lacks| !lacks.is_empty())?;
-        let spare = (*peer, self.stock.promised(&reader.lacks, dice)?);
-        self.spare_at = now + self.answer.unwrap_or_default().max(SPARE_EVERY);
-        Some(spare)
+        Some((*peer, self.stock.promised(&reader.lacks, dice)?))
     }
 
     /// Withdraws what was not taken (returns how many), forgets what was not announced, offers again

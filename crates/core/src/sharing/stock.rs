@@ -115,3 +115,61 @@ impl Stock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What is known of a piece: whether we hold it, who is to get it, who has it.
+    type Known = (bool, BTreeSet<u8>, BTreeSet<u8>);
+
+    proptest! {
+        #[test]
+        fn a_piece_is_under_way_exactly_while_it_is_promised_and_nobody_has_it(
+            steps in prop::collection::vec((0u8..6, 0u32..5, 0u8..4), 0..200), seed: u64,
+        ) {
+            let mut stock = Stock::new(5);
+            let mut known: Vec<Known> = vec![Known::default(); 5];
+            for (what, piece, reader) in steps {
+                let (at, (held, promised, seen)) = (Piece(piece), &mut known[piece as usize]);
+                match what {
+                    0 => { stock.hold(at); *held = true; }
+                    1 => { stock.lose(at); *held = false; }
+                    2 if !seen.contains(&reader) && promised.insert(reader) => stock.promise(at),
+                    3 if promised.remove(&reader) => stock.break_promise(at),
+                    4 if !seen.contains(&reader) => {
+                        stock.see(at, promised.remove(&reader));
+                        seen.insert(reader);
+                    }
+                    5 if seen.remove(&reader) => stock.miss(at),
+                    _ => {}
+                }
+                let (mut all, mut dice) = (PieceSet::none(5), Dice(seed));
+                (0..5).filter(|p| known[*p as usize].0).for_each(|p| { all.insert(Piece(p)); });
+                let under_way = |p: &u32| {
+                    let (held, promised, seen) = &known[*p as usize];
+                    *held && !promised.is_empty() && seen.is_empty()
+                };
+                for p in 0..5 {
+                    let (held, promised, seen) = &known[p as usize];
+                    let piece = Piece(p);
+                    prop_assert_eq!(stock.holds(piece), *held);
+                    prop_assert_eq!(stock.copies(piece) as usize, promised.len() + seen.len());
+                    prop_assert_eq!(stock.seen(piece) as usize, seen.len());
+                    prop_assert_eq!(stock.is_under_way(piece), under_way(&p));
+                }
+                prop_assert_eq!(stock.held(), all.count());
+                let offered = (0..5).filter(|p| all.has(Piece(*p)) && !under_way(p)).count();
+                prop_assert_eq!(stock.offers_of(&all), offered > 0);
+                prop_assert_eq!(stock.rarest(&all, &mut dice).is_some(), offered > 0);
+                let promised = stock.promised(&all, &mut dice);
+                prop_assert_eq!(promised.is_some(), (0..5).any(|p| under_way(&p)));
+                prop_assert!(promised.is_none_or(|p| under_way(&p.0)));
+            }
+        }
+    }
+}

@@ -339,13 +339,13 @@ fn a_reader_that_passes_nothing_on_gets_no_more_fresh_pieces_while_others_do() {
     for n in 0..60 {
         let Some((host, piece)) = granted.pop_front() else { break };
         taken[host as usize] += 1;
-        w.wants(ms(n * 6), host, [piece]);
+        w.wants(ms(n * 5), host, [piece]);
         w.served();
-        w.sent(ms(n * 6 + 5), host, piece);
-        w.announces(ms(n * 6 + 5), host, [piece]);
+        w.sent(ms(n * 5 + 5), host, piece);
+        w.announces(ms(n * 5 + 5), host, [piece]);
         // Nobody ever gets anything of host 1.
         if host != 1 {
-            w.announces(ms(n * 6 + 5), 5 - host, [piece]);
+            w.announces(ms(n * 5 + 5), 5 - host, [piece]);
         }
         granted.extend(w.granted());
     }
@@ -380,6 +380,91 @@ fn a_grant_that_is_not_taken_goes_to_another_reader() {
     again.sort_unstable();
     assert!(hoarded.iter().all(|p| again.contains(p)), "{hoarded:?} {again:?}");
     assert!(w.sharing.counts().withdrawn >= 2);
+}
+
+#[test]
+fn a_slow_seed_takes_no_grant_back_whose_word_waits_behind_its_bytes() {
+    // In a network of 15 Mbit/s a seed took its grants back after a second, before they had arrived, and
+    // sent a fifth of the content twice.
+    let mut w = Watched::new(400, true);
+    (1..=16).for_each(|host| w.opens(ms(0), host));
+    let mut granted: VecDeque<(u32, u32)> = w.granted().into();
+    let mut now = 0;
+    for _ in 0..40 {
+        let (host, piece) = granted.pop_front().unwrap();
+        w.wants(ms(now), host, [piece]);
+        assert_eq!(w.served(), [(host, piece)]);
+        now += 100; // 64 KiB: 640 kB/s
+        w.sent(ms(now), host, piece);
+        w.announces(ms(now), host, [piece]);
+        w.announces(ms(now), host % 16 + 1, [piece]);
+        granted.extend(w.granted());
+    }
+    assert_eq!(w.sharing.counts().withdrawn, 0, "all grants take 1.6 s to send");
+    let open = w.sharing.counts().granted - 40;
+    w.tick(ms(now + 4 * 110 * open));
+    assert!(w.sharing.counts().withdrawn > 0, "nobody takes any more");
+}
+
+#[test]
+fn what_is_under_way_is_granted_to_nobody_else_before_there_is_nothing_better_to_do() {
+    let mut w = Watched::new(3, true);
+    (1..=3).for_each(|host| w.opens(ms(0), host));
+    let granted = w.granted();
+    let once: BTreeSet<u32> = granted.iter().map(|(_, piece)| *piece).collect();
+    assert_eq!((granted.len(), once.len()), (3, 3));
+    for (host, piece) in &granted {
+        w.wants(ms(1), *host, [*piece]);
+    }
+    assert_eq!(w.granted(), [], "the line has to do");
+    let (host, piece) = granted[0];
+    w.sent(ms(2), host, piece);
+    w.announces(ms(3), host, [piece]);
+    let again = w.granted();
+    assert!(!again.is_empty() && again.iter().all(|(_, p)| *p == piece), "it got there: {again:?}");
+}
+
+#[test]
+fn what_is_under_way_to_one_that_is_stuck_is_granted_to_others_now_and_then() {
+    let mut w = Watched::new(1, true);
+    (1..=4).for_each(|host| w.opens(ms(0), host));
+    let mut granted: BTreeSet<u32> = w.granted().iter().map(|(host, _)| *host).collect();
+    assert_eq!(granted.len(), 1);
+    for n in 1..40 {
+        w.tick(ms(n * 5));
+        let more = w.granted();
+        assert!(more.len() <= 1, "{more:?} at once");
+        granted.extend(more.iter().map(|(host, _)| *host));
+    }
+    assert_eq!(granted.len(), 4, "each may be the one that takes it");
+}
+
+#[test]
+fn limits_widen_no_faster_than_readers_answer() {
+    // Where answers took 0.3 s a seed idled, widened its limits every 5 ms meanwhile, and granted half of
+    // the content to whoever happened to be there.
+    let mut w = Watched::new(600, true);
+    (1..=16).for_each(|host| w.opens(ms(0), host));
+    let mut open: VecDeque<(u32, u32)> = w.granted().into();
+    let mut most = open.len();
+    assert_eq!(most, 16);
+    for round in 0..6 {
+        // All grants are answered 300 ms later, all together, and sent in 10 ms.
+        let now = 300 * (round + 1);
+        (now - 280..now).step_by(20).for_each(|at| w.tick(ms(at)));
+        let more = w.granted();
+        most = most.max(open.len() + more.len());
+        assert!(open.len() + more.len() <= 32 << round, "round {round}: {} more", more.len());
+        for (host, piece) in std::mem::replace(&mut open, more.into()) {
+            w.wants(ms(now), host, [piece]);
+            w.served();
+            w.sent(ms(now + 10), host, piece);
+            w.announces(ms(now + 10), host, [piece]);
+            w.announces(ms(now + 10), host % 16 + 1, [piece]);
+        }
+        open.extend(w.granted());
+    }
+    assert!(most >= 64, "but they widen: {most}");
 }
 
 #[test]
