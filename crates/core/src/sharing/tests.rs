@@ -395,6 +395,7 @@ fn a_slow_seed_takes_no_grant_back_whose_word_waits_behind_its_bytes() {
         w.wants(ms(now), host, [piece]);
         assert_eq!(w.served(), [(host, piece)]);
         now += 100; // 64 KiB: 640 kB/s
+        w.tick(ms(now));
         w.sent(ms(now), host, piece);
         w.announces(ms(now), host, [piece]);
         w.announces(ms(now), host % 16 + 1, [piece]);
