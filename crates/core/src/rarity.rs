@@ -77,7 +77,7 @@ impl PieceSet {
     }
 
     /// One of the pieces in both sets, from a random place on.
-    pub(crate) fn meet(&self, other: &Self, dice: &mut Dice) -> Option<Piece> {
+    fn meet(&self, other: &Self, dice: &mut Dice) -> Option<Piece> {
         if self.is_empty() || other.is_empty() {
             return None;
         }

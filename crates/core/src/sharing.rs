@@ -309,13 +309,13 @@ impl Sharing {
 
     /// `Have` of an opener: all that it holds. Needed for contents added with `seed`, else ignored.
     pub fn on_their_have(&mut self, now: Moment, host: Host, content: u32, have: &Bitfield) {
-        self.with_grants(now, host, content, |grants, peer| grants.on_have(peer, have));
+        self.with_grants(now, host, content, |grants, peer| grants.on_have(now, peer, have));
     }
 
     /// `HaveMore` of an opener.
     pub fn on_their_have_more(&mut self, now: Moment, host: Host, content: u32, pieces: &[Piece]) {
         self.with_grants(now, host, content, |grants, peer| {
-            pieces.iter().for_each(|piece| grants.on_announced(peer, *piece));
+            pieces.iter().for_each(|piece| grants.on_announced(now, peer, *piece));
         });
     }
 
@@ -400,16 +400,7 @@ impl Sharing {
 
     /// Time passed.
     pub fn tick(&mut self, now: Moment) {
-        let patience = self.patience();
-        for host in &self.active {
-            let Some(line) = self.lines.get_mut(host) else { continue };
-            let waited = line.sending.front().map_or(Duration::ZERO, |s| now.since(s.since));
-            if waited >= patience && !line.stuck {
-                line.stuck = true;
-                self.counts.stuck += 1;
-                self.sending -= line.sending_bytes;
-            }
-        }
+        while self.set_stuck_aside(now) {}
         self.meter.roll(now);
         let outflow = self.outflow();
         for shared in self.contents.values_mut() {
@@ -419,6 +410,22 @@ impl Sharing {
         }
         self.tick_at = None;
         self.proceed(now, None);
+    }
+
+    /// Lines that took nothing for too long block nobody else any more. True if there were any: without
+    /// their bytes, the others should have been quicker.
+    fn set_stuck_aside(&mut self, now: Moment) -> bool {
+        let (patience, before) = (self.patience(), self.counts.stuck);
+        for host in &self.active {
+            let Some(line) = self.lines.get_mut(host) else { continue };
+            let waited = line.sending.front().map_or(Duration::ZERO, |s| now.since(s.since));
+            if waited >= patience && !line.stuck {
+                line.stuck = true;
+                self.counts.stuck += 1;
+                self.sending -= line.sending_bytes;
+            }
+        }
+        self.counts.stuck > before
     }
 
     /// The next thing to do. Call until `None` after every other call.
@@ -711,13 +718,13 @@ impl Sharing {
     }
 
     fn outflow(&self) -> Outflow {
-        let free = self.sending == 0;
+        let idle = self.sending == 0 && self.waiting == 0;
         let rate = match (self.pace.rate(), self.limit) {
             (0, Some(limit)) => limit,
             (rate, Some(limit)) => rate.min(limit),
             (rate, None) => rate,
         };
-        Outflow { rate, free, idle: free && self.waiting == 0 }
+        Outflow { rate, idle }
     }
 
     /// Serves and grants what there is room for; grants of this content, or of all that are open.

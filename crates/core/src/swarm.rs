@@ -48,6 +48,8 @@ const ANNOUNCE: Duration = Duration::from_millis(10);
 const ANNOUNCE_EACH: u64 = 16 << 10;
 /// … unless that takes longer than this.
 const ANNOUNCE_MOST: Duration = Duration::from_millis(100);
+/// Who is expected to take so many times as long as another is clearly slower.
+const CLEARLY: u32 = 2;
 /// In the endgame it is looked again at who lags, so often.
 const ENDGAME: Duration = Duration::from_millis(20);
 /// After our disk failed, nothing is asked for so long.
@@ -160,7 +162,7 @@ pub struct Counts {
     pub busy: u32,
     /// Pieces put on offer again since what was asked came to nothing, for whichever reason.
     pub retries: u32,
-    /// Pieces asked for of a second host in the endgame.
+    /// Pieces asked for of a second host in the endgame, or a third.
     pub endgame: u32,
     /// Grants that were not taken: asked of others already, or no room for them.
     pub declined: u32,
@@ -214,10 +216,11 @@ pub struct Swarm {
 }
 
 /// Whom a piece is asked of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Askers {
     first: Host,
-    second: Option<Host>,
+    /// In the endgame.
+    others: Vec<Host>,
 }
 
 impl Swarm {
@@ -311,7 +314,7 @@ impl Swarm {
             let wanted = match self.asked.get(&piece) {
                 // A piece that only a slow host had: the seed sees that it does not get about.
                 Some(askers) => {
-                    askers.second.is_none() && self.is_sooner(now, host, piece, askers.first)
+                    askers.others.is_empty() && self.is_sooner(now, host, piece, askers.first)
                 }
                 None => piece.0 < self.layout.pieces() && self.rarity.is_offered(piece),
             };
@@ -579,7 +582,7 @@ impl Swarm {
         }
         for (piece, askers) in &self.asked {
             let mut hosts = vec![askers.first];
-            hosts.extend(askers.second);
+            hosts.extend(&askers.others);
             hosts.sort_unstable();
             assert_eq!(outstanding.remove(piece), Some(hosts.clone()), "askers of {piece:?}");
         }
@@ -630,8 +633,8 @@ impl Swarm {
         self.pace.start(now);
         self.asked
             .entry(piece)
-            .and_modify(|askers| askers.second = Some(host))
-            .or_insert(Askers { first: host, second: None });
+            .and_modify(|askers| askers.others.push(host))
+            .or_insert(Askers { first: host, others: Vec::new() });
         self.asks.entry(host).or_default().push(piece);
     }
 
@@ -639,14 +642,14 @@ impl Swarm {
     /// if it was asked of nobody else.
     fn release(&mut self, now: Moment, host: Host, piece: Piece) {
         let Some(askers) = self.asked.get_mut(&piece) else { return };
-        match (askers.first == host, askers.second) {
-            (true, Some(second)) => *askers = Askers { first: second, second: None },
-            (true, None) => {
-                self.asked.remove(&piece);
-                self.counts.retries += 1;
-                self.offer(piece);
-            }
-            (false, _) => askers.second = None,
+        if askers.first != host {
+            askers.others.retain(|other| *other != host);
+        } else if askers.others.is_empty() {
+            self.asked.remove(&piece);
+            self.counts.retries += 1;
+            self.offer(piece);
+        } else {
+            askers.first = askers.others.remove(0);
         }
         if self.asked.is_empty() {
             self.pace.stop(now);
@@ -667,7 +670,7 @@ impl Swarm {
         }
         self.retract(piece);
         if let Some(askers) = self.asked.remove(&piece) {
-            for other in [Some(askers.first), askers.second].into_iter().flatten() {
+            for other in std::iter::once(askers.first).chain(askers.others) {
                 if self.hosts.get_mut(&other).is_some_and(|n| n.take_back(now, piece)) {
                     self.cancel(other, vec![piece]);
                 }
@@ -846,10 +849,12 @@ impl Swarm {
             return false;
         };
         let wait = other.expected(now).find(|(p, _)| *p == piece).map(|(_, wait)| wait);
-        host != first && wait.is_some_and(|w| n.expected_next(self.layout.len_of(piece)) * 2 < w)
+        host != first
+            && wait.is_some_and(|w| n.expected_next(self.layout.len_of(piece)) * CLEARLY < w)
     }
 
-    /// Asks idle hosts for what others are expected to bring later than they would.
+    /// Asks idle hosts for what others are expected to bring later than they would; of a third host only
+    /// what both would bring clearly later.
     fn endgame(&mut self, now: Moment) {
         let piece_size = self.layout.piece_size();
         let idle: Vec<Host> = self
@@ -862,24 +867,30 @@ impl Swarm {
         if idle.is_empty() {
             return;
         }
-        let mut slowest: Vec<(Duration, Piece)> = self
-            .hosts
-            .values()
-            .flat_map(|n| n.expected(now).map(|(piece, wait)| (wait, piece)))
-            .filter(|(_, piece)| self.asked.get(piece).is_some_and(|a| a.second.is_none()))
-            .collect();
+        let mut soonest = BTreeMap::<Piece, Duration>::new();
+        for (piece, wait) in self.hosts.values().flat_map(|n| n.expected(now)) {
+            let least = soonest.entry(piece).or_insert(wait);
+            *least = wait.min(*least);
+        }
+        let mut slowest: Vec<(Duration, Piece)> =
+            soonest.into_iter().map(|(piece, wait)| (wait, piece)).collect();
         slowest.sort_unstable_by(|a, b| b.cmp(a));
         for (wait, piece) in slowest {
             let bytes = self.layout.len_of(piece);
-            let first = self.asked.get(&piece).map(|a| a.first);
+            let Some(askers) = self.asked.get(&piece) else { continue };
+            let times = match askers.others.len() {
+                0 => 1,
+                1 => CLEARLY,
+                _ => continue,
+            };
             let quickest = idle
                 .iter()
-                .filter(|host| Some(**host) != first)
                 .filter_map(|host| self.hosts.get(host).map(|n| (host, n)))
+                .filter(|(host, _)| askers.first != **host && !askers.others.contains(host))
                 .filter(|(_, n)| n.have.has(piece) && n.asked_bytes() < 2 * u64::from(piece_size))
                 .map(|(host, n)| (n.expected_next(bytes), *host))
                 .min();
-            if let Some((_, host)) = quickest.filter(|(time, _)| *time < wait) {
+            if let Some((_, host)) = quickest.filter(|(time, _)| *time * times < wait) {
                 self.counts.endgame += 1;
                 self.ask(now, host, piece);
             }

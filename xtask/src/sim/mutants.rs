@@ -103,6 +103,7 @@ const MUTANTS: &[Mutant] = &[
     mutant("swarm", "swarm.rs", "what a lost host was asked for stays with it", "fn forget(&mut self, now: Moment, host: Host) {\n        self.take_all_back(now, host);", "fn forget(&mut self, now: Moment, host: Host) {\n        if !$on {\n            self.take_all_back(now, host);\n        }"),
     mutant("swarm", "swarm.rs", "no further hosts are looked for", "self.outputs.push_back(Output::NeedHosts);", "if !$on {\n                    self.outputs.push_back(Output::NeedHosts);\n                }"),
     mutant("swarm", "swarm.rs", "no piece is asked of a second host at the end", "if self.is_endgame() && !self.asked.is_empty() {", "if !$on && self.is_endgame() && !self.asked.is_empty() {"),
+    mutant("swarm", "swarm.rs", "no piece is asked of a third host", "1 => CLEARLY,", "1 if !$on => CLEARLY,"),
     mutant("swarm", "swarm.rs", "what a seed granted before is not asked for", "if let Some((host, piece)) = self.granted_before(now) {", "if let Some((host, piece)) = self.granted_before(now).filter(|_| !$on) {"),
     mutant("swarm", "swarm.rs", "a seed that fell silent is waited for", "hosts.filter(|n| n.grants.is_some_and(lapsed)).for_each(|n| n.grants = None);", "hosts.filter(|n| !$on && n.grants.is_some_and(lapsed)).for_each(|n| n.grants = None);"),
     mutant("swarm", "swarm.rs", "what is new is not announced before all is there", "} else if self.announce_at <= now || self.news.len() >= MOST_IN_FRAME {\n            self.announce(now);", "} else if !$on && (self.announce_at <= now || self.news.len() >= MOST_IN_FRAME) {\n            self.announce(now);"),
@@ -117,8 +118,8 @@ const MUTANTS: &[Mutant] = &[
     mutant("sharing", "sharing/grants.rs", "what was declined is never granted again", ".filter(|(_, since)| now.since(**since) >= DECLINED)", ".filter(|(_, since)| !$on && now.since(**since) >= DECLINED)"),
     mutant("sharing", "sharing/grants.rs", "one reader is granted pieces, and several help themselves", "lacking.take(2).count() == 2);", "lacking.take(2).count() == if $on { 1 } else { 2 });"),
     mutant("sharing", "sharing/grants.rs", "grants are taken back before a slow line can have told of them", "let sending = Duration::from_millis(4 * sending);", "let sending = Duration::from_millis(if $on { 0 } else { 4 * sending });"),
-    mutant("sharing", "sharing/grants.rs", "a second copy goes out while the first is under way", "if !outflow.free || now < self.spare_at {", "if !$on && (!outflow.free || now < self.spare_at) {"),
-    mutant("sharing", "sharing/grants.rs", "what is under way to one is kept from all others for ever", "let (peer, reader) = next(|_, lacks| !lacks.is_empty())?;", "let (peer, reader) = next(|_, lacks| !lacks.is_empty()).filter(|_| !$on)?;"),
+    mutant("sharing", "sharing/grants.rs", "a second copy goes out while the first is under way", "newest.retain(|_, given| now.since(*given) >= patience);", "newest.retain(|_, given| $on || now.since(*given) >= patience);"),
+    mutant("sharing", "sharing/grants.rs", "what is under way to one is kept from all others for ever", "newest.keys().for_each(|piece| self.stock.expire(*piece));", "newest.keys().filter(|_| !$on).for_each(|piece| self.stock.expire(*piece));"),
     mutant("sharing", "sharing/grants.rs", "limits widen while the first grants are not answered", "self.answer.map(|answer| answer.max(WIDEN_EVERY));", "self.answer.map(|answer| if $on { WIDEN_EVERY } else { answer.max(WIDEN_EVERY) });"),
 ];
 

@@ -37,6 +37,11 @@ const REST: Duration = Duration::from_secs(2);
 const NOT_SENT: Duration = Duration::from_secs(2);
 /// A piece that was sent but not announced in this time may be granted again: a disk failed.
 const NOT_ANNOUNCED: Duration = Duration::from_secs(5);
+/// What is under way to its first reader is on offer again when this many usual times have passed since
+/// it was last granted, …
+const LATE: u32 = 2;
+/// … or this time, while none is known.
+const LATE_FIRST: Duration = Duration::from_millis(500);
 /// What a reader declined, or we withdrew, is not granted to it again for so long.
 const DECLINED: Duration = Duration::from_secs(2);
 
@@ -45,9 +50,6 @@ const DECLINED: Duration = Duration::from_secs(2);
 /// for as long as a reader takes to answer a grant, they double: sooner nothing can have come of it. When
 /// we were busy for as long they narrow by a 64th.
 const WIDEN_EVERY: Duration = Duration::from_millis(5);
-/// A second copy of what is under way is granted once there was nothing else to do for so long, or for as
-/// long as a reader takes to answer.
-const SPARE_EVERY: Duration = Duration::from_millis(5);
 /// See [`WIDEN_EVERY`].
 const UNSTRETCHED: u64 = 64;
 /// The limits are never wider than 32 times.
@@ -64,6 +66,8 @@ enum Stage {
 struct Grant {
     stage: Stage,
     since: Moment,
+    /// When it was given.
+    given: Moment,
 }
 
 /// A member that has the content open, over one connection or several.
@@ -90,9 +94,7 @@ struct Reader {
 pub(super) struct Outflow {
     /// Bytes a second; 0 while unknown.
     pub(super) rate: u64,
-    /// Nothing is being sent, whatever the content, but on lines that are stuck; …
-    pub(super) free: bool,
-    /// … and nothing is queued.
+    /// Nothing is queued or being sent, whatever the content, but on lines that are stuck.
     pub(super) idle: bool,
 }
 
@@ -123,8 +125,8 @@ pub(super) struct Grants {
     busy: Duration,
     /// How long the last grant that was taken had waited for that.
     answer: Option<Duration>,
-    /// From then on, if nothing is granted meanwhile, what is under way may be granted to one more.
-    spare_at: Moment,
+    /// How long the usual grant took to be announced: the median, as far as is known.
+    arrival: Option<Duration>,
 }
 
 impl Grants {
@@ -144,7 +146,7 @@ impl Grants {
             idled: Duration::ZERO,
             busy: Duration::ZERO,
             answer: None,
-            spare_at: Moment::ZERO,
+            arrival: None,
         }
     }
 
@@ -194,28 +196,40 @@ impl Grants {
     }
 
     /// The reader holds exactly these.
-    pub(super) fn on_have(&mut self, peer: PeerId, have: &Bitfield) {
+    pub(super) fn on_have(&mut self, now: Moment, peer: PeerId, have: &Bitfield) {
         let Some(reader) = self.readers.get(&peer).filter(|r| r.have.len() == have.len()) else {
             return;
         };
         let lost: Vec<Piece> = reader.have.iter().filter(|p| !have.has(*p)).collect();
         self.on_their_lost(peer, &lost);
-        have.iter().for_each(|piece| self.on_announced(peer, piece));
+        have.iter().for_each(|piece| self.on_announced(now, peer, piece));
     }
 
     /// The reader holds this, too.
-    pub(super) fn on_announced(&mut self, peer: PeerId, piece: Piece) {
+    pub(super) fn on_announced(&mut self, now: Moment, peer: PeerId, piece: Piece) {
         let Some(reader) = self.readers.get_mut(&peer) else { return };
         if !reader.have.insert(piece) {
             return;
         }
         reader.lacks.remove(piece);
         reader.declined.remove(&piece);
-        let promised = self.note(peer, piece, None).is_some();
-        self.stock.see(piece, promised);
+        let grant = self.note(peer, piece, None);
+        self.stock.see(piece, grant.is_some());
+        if let Some(grant) = grant {
+            self.arrived(now.since(grant.given));
+        }
         if self.unspread.get(&piece).is_some_and(|whose| *whose != peer) {
             self.is_spread(piece);
         }
+    }
+
+    /// Moves the usual time towards this one.
+    fn arrived(&mut self, took: Duration) {
+        self.arrival = Some(match self.arrival {
+            None => took,
+            Some(usual) if took > usual => usual + usual / 8,
+            Some(usual) => usual - usual / 8,
+        });
     }
 
     pub(super) fn on_their_lost(&mut self, peer: PeerId, pieces: &[Piece]) {
@@ -292,7 +306,10 @@ impl Grants {
         };
         reader.lacks.remove(piece);
         reader.declined.remove(&piece);
-        match self.note(peer, piece, Some(Grant { stage, since: now })) {
+        let before = reader.grants.get(&piece).copied();
+        let given = before.map_or(now, |before| before.given);
+        self.note(peer, piece, Some(Grant { stage, since: now, given }));
+        match before {
             None => self.stock.promise(piece),
             Some(before) if (before.stage, stage) == (Stage::Granted, Stage::Taken) => {
                 self.answer = Some(now.since(before.since));
@@ -362,7 +379,6 @@ impl Grants {
         while self.open + size <= all {
             let Some((peer, piece)) = self.next_grant(now, outflow, &grants, dice) else { break };
             self.advance(now, peer, piece, Stage::Granted);
-            self.spare_at = now + self.answer.unwrap_or_default().max(SPARE_EVERY);
             let Some(reader) = self.readers.get_mut(&peer) else { break };
             reader.last = now;
             // Several connections to one member are there to be used together.
@@ -395,9 +411,8 @@ impl Grants {
         bytes * self.stretch / UNSTRETCHED
     }
 
-    /// Who is to be granted what next. With nothing else to do, also one that does not pass things on,
-    /// since perhaps nobody can reach it but us, and also what is under way to another, a piece now and
-    /// then: perhaps it never arrives there.
+    /// Who is to be granted what next. With nothing else to do, also one that does not pass things on:
+    /// perhaps nobody can reach it but us.
     fn next_grant(
         &self,
         now: Moment,
@@ -410,7 +425,7 @@ impl Grants {
         let part = Outflow { rate: outflow.rate / self.readers.len().max(1) as u64, ..outflow };
         let each = self.stretched((OPEN_EACH * size).max(part.within(OPEN_AHEAD)));
         let unspread = self.stretched((UNSPREAD * size).max(part.within(SPREAD_TIME)));
-        let fits = |reader: &&Reader| {
+        let fits = |reader: &Reader| {
             // A wide window is filled in steps, so that grants travel together.
             let begun = reader.hosts.iter().any(|host| grants.contains_key(host));
             let step = if begun { 0 } else { each / 8 };
@@ -418,23 +433,15 @@ impl Grants {
                 && reader.open + size.max(step) <= each
                 && (reader.unspread < unspread || idle)
         };
-        let next = |wants: fn(&Stock, &PieceSet) -> bool| {
-            let readers =
-                self.readers.iter().filter(|(_, r)| wants(&self.stock, &r.lacks) && fits(r));
-            readers.min_by_key(|(_, r)| (idle.then_some(r.unspread), r.open, r.last))
-        };
-        if let Some((peer, reader)) = next(Stock::offers_of) {
-            return Some((*peer, self.stock.rarest(&reader.lacks, dice)?));
-        }
-        if !outflow.free || now < self.spare_at {
-            return None;
-        }
-        let (peer, reader) = next(|_, lacks| !lacks.is_empty())?;
-        Some((*peer, self.stock.promised(&reader.lacks, dice)?))
+        let readers =
+            self.readers.iter().filter(|(_, r)| fits(r) && self.stock.offers_of(&r.lacks));
+        let (peer, reader) =
+            readers.min_by_key(|(_, r)| (idle.then_some(r.unspread), r.open, r.last))?;
+        Some((*peer, self.stock.rarest(&reader.lacks, dice)?))
     }
 
     /// Withdraws what was not taken (returns how many), forgets what was not announced, offers again
-    /// what was declined.
+    /// what was declined and what is late.
     pub(super) fn tick(&mut self, now: Moment, outflow: Outflow) -> u64 {
         let mut withdrawn = 0;
         let sending = self.open.saturating_mul(1_000).checked_div(outflow.rate).unwrap_or(0);
@@ -475,7 +482,21 @@ impl Grants {
             }
             lapsed.iter().for_each(|(piece, _)| self.on_declined(now, peer, *piece));
         }
+        self.offer_late(now);
         withdrawn
+    }
+
+    /// Offers again what should have arrived by now, with whomever it was promised.
+    fn offer_late(&mut self, now: Moment) {
+        let patience = self.arrival.map_or(LATE_FIRST, |usual| usual * LATE);
+        let mut newest = BTreeMap::<Piece, Moment>::new();
+        let grants = self.readers.values().flat_map(|r| &r.grants);
+        for (piece, grant) in grants.filter(|(piece, _)| self.stock.is_under_way(**piece)) {
+            let given = newest.entry(*piece).or_insert(grant.given);
+            *given = grant.given.max(*given);
+        }
+        newest.retain(|_, given| now.since(*given) >= patience);
+        newest.keys().for_each(|piece| self.stock.expire(*piece));
     }
 
     /// Whether time will change anything: [`Grants::tick`] is needed now and then.
@@ -518,7 +539,7 @@ impl Grants {
             let (copies, seen) = (copies[piece.0 as usize], seen[piece.0 as usize]);
             let stock = &self.stock;
             assert_eq!((copies, seen), (stock.copies(piece), stock.seen(piece)), "of {piece:?}");
-            let under_way = stock.holds(piece) && copies > 0 && seen == 0;
+            let under_way = stock.holds(piece) && copies > 0 && seen == 0 && !stock.is_late(piece);
             assert_eq!(under_way, stock.is_under_way(piece), "{piece:?} is under way");
         }
     }

@@ -9,9 +9,11 @@ use crate::rarity::{PieceSet, Rarity};
 pub(super) struct Stock {
     /// On offer: what is held and not under way. Copies: readers that have a piece or are to get it.
     rarity: Rarity,
-    /// Held, promised to some, and with nobody yet. A second copy would only keep the first from
-    /// arriving, and it is the first that all others wait for.
+    /// Held, promised to some, not late, and with nobody yet. A second copy would only keep the first
+    /// from arriving, and it is the first that all others wait for.
     under_way: PieceSet,
+    /// What should have arrived by now, from the last promise.
+    late: PieceSet,
     /// Readers that have each piece.
     seen: Vec<u16>,
 }
@@ -22,6 +24,7 @@ impl Stock {
         Self {
             rarity: Rarity::new(len),
             under_way: PieceSet::none(len),
+            late: PieceSet::none(len),
             seen: vec![0; len as usize],
         }
     }
@@ -37,6 +40,11 @@ impl Stock {
 
     pub(super) fn is_under_way(&self, piece: Piece) -> bool {
         self.under_way.has(piece)
+    }
+
+    /// Whether it should have arrived by now, from the last promise.
+    pub(super) fn is_late(&self, piece: Piece) -> bool {
+        self.late.has(piece)
     }
 
     /// Readers that have it or are to get it.
@@ -64,6 +72,13 @@ impl Stock {
     /// A reader is to get it.
     pub(super) fn promise(&mut self, piece: Piece) {
         self.rarity.raise(piece);
+        self.late.remove(piece);
+        self.settle(piece);
+    }
+
+    /// It should have arrived by now: perhaps it never does.
+    pub(super) fn expire(&mut self, piece: Piece) {
+        self.late.insert(piece);
         self.settle(piece);
     }
 
@@ -101,13 +116,8 @@ impl Stock {
         self.rarity.rarest(among, None, dice)
     }
 
-    /// One of these that is under way to somebody.
-    pub(super) fn promised(&self, among: &PieceSet, dice: &mut Dice) -> Option<Piece> {
-        self.under_way.meet(among, dice)
-    }
-
     fn settle(&mut self, piece: Piece) {
-        let under_way = self.copies(piece) > 0 && self.seen(piece) == 0;
+        let under_way = self.copies(piece) > 0 && self.seen(piece) == 0 && !self.late.has(piece);
         if under_way && self.rarity.retract(piece) {
             self.under_way.insert(piece);
         } else if !under_way && self.under_way.remove(piece) {
@@ -124,38 +134,43 @@ mod tests {
 
     use super::*;
 
-    /// What is known of a piece: whether we hold it, who is to get it, who has it.
-    type Known = (bool, BTreeSet<u8>, BTreeSet<u8>);
+    /// What is known of a piece: whether we hold it, who is to get it, who has it, and
+    /// whether it should have arrived.
+    type Known = (bool, BTreeSet<u8>, BTreeSet<u8>, bool);
 
     proptest! {
         #[test]
-        fn a_piece_is_under_way_exactly_while_it_is_promised_and_nobody_has_it(
-            steps in prop::collection::vec((0u8..6, 0u32..5, 0u8..4), 0..200), seed: u64,
+        fn a_piece_is_under_way_exactly_while_it_is_promised_not_late_and_nobody_has_it(
+            steps in prop::collection::vec((0u8..7, 0u32..5, 0u8..4), 0..200), seed: u64,
         ) {
             let mut stock = Stock::new(5);
             let mut known: Vec<Known> = vec![Known::default(); 5];
             for (what, piece, reader) in steps {
-                let (at, (held, promised, seen)) = (Piece(piece), &mut known[piece as usize]);
+                let (at, (held, promised, seen, late)) = (Piece(piece), &mut known[piece as usize]);
                 match what {
                     0 => { stock.hold(at); *held = true; }
                     1 => { stock.lose(at); *held = false; }
-                    2 if !seen.contains(&reader) && promised.insert(reader) => stock.promise(at),
+                    2 if !seen.contains(&reader) && promised.insert(reader) => {
+                        stock.promise(at);
+                        *late = false;
+                    }
                     3 if promised.remove(&reader) => stock.break_promise(at),
                     4 if !seen.contains(&reader) => {
                         stock.see(at, promised.remove(&reader));
                         seen.insert(reader);
                     }
+                    6 => { stock.expire(at); *late = true; }
                     5 if seen.remove(&reader) => stock.miss(at),
                     _ => {}
                 }
                 let (mut all, mut dice) = (PieceSet::none(5), Dice(seed));
                 (0..5).filter(|p| known[*p as usize].0).for_each(|p| { all.insert(Piece(p)); });
                 let under_way = |p: &u32| {
-                    let (held, promised, seen) = &known[*p as usize];
-                    *held && !promised.is_empty() && seen.is_empty()
+                    let (held, promised, seen, late) = &known[*p as usize];
+                    *held && !promised.is_empty() && seen.is_empty() && !late
                 };
                 for p in 0..5 {
-                    let (held, promised, seen) = &known[p as usize];
+                    let (held, promised, seen, _) = &known[p as usize];
                     let piece = Piece(p);
                     prop_assert_eq!(stock.holds(piece), *held);
                     prop_assert_eq!(stock.copies(piece) as usize, promised.len() + seen.len());
@@ -166,9 +181,6 @@ mod tests {
                 let offered = (0..5).filter(|p| all.has(Piece(*p)) && !under_way(p)).count();
                 prop_assert_eq!(stock.offers_of(&all), offered > 0);
                 prop_assert_eq!(stock.rarest(&all, &mut dice).is_some(), offered > 0);
-                let promised = stock.promised(&all, &mut dice);
-                prop_assert_eq!(promised.is_some(), (0..5).any(|p| under_way(&p)));
-                prop_assert!(promised.is_none_or(|p| under_way(&p.0)));
             }
         }
     }

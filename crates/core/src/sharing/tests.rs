@@ -408,7 +408,7 @@ fn a_slow_seed_takes_no_grant_back_whose_word_waits_behind_its_bytes() {
 }
 
 #[test]
-fn what_is_under_way_is_granted_to_nobody_else_before_there_is_nothing_better_to_do() {
+fn what_is_under_way_is_granted_to_nobody_else_before_it_arrives() {
     let mut w = Watched::new(3, true);
     (1..=3).for_each(|host| w.opens(ms(0), host));
     let granted = w.granted();
@@ -426,18 +426,40 @@ fn what_is_under_way_is_granted_to_nobody_else_before_there_is_nothing_better_to
 }
 
 #[test]
-fn what_is_under_way_to_one_that_is_stuck_is_granted_to_others_now_and_then() {
+fn what_does_not_arrive_in_twice_the_usual_time_is_granted_to_others_one_after_the_other() {
     let mut w = Watched::new(1, true);
     (1..=4).for_each(|host| w.opens(ms(0), host));
     let mut granted: BTreeSet<u32> = w.granted().iter().map(|(host, _)| *host).collect();
     assert_eq!(granted.len(), 1);
-    for n in 1..40 {
-        w.tick(ms(n * 5));
+    for now in (50..1_600).step_by(50) {
+        w.tick(ms(now));
         let more = w.granted();
-        assert!(more.len() <= 1, "{more:?} at once");
+        let due = now % 500 == 0;
+        assert_eq!(more.len(), usize::from(due), "{more:?} after {now} ms, nothing being usual");
         granted.extend(more.iter().map(|(host, _)| *host));
     }
     assert_eq!(granted.len(), 4, "each may be the one that takes it");
+
+    let mut w = Watched::new(40, true);
+    (1..=3).for_each(|host| w.opens(ms(0), host));
+    let mut granted: VecDeque<(u32, u32)> = w.granted().into();
+    // Hosts 2 and 3 announce what they are granted 60 ms later; host 1 is silent.
+    let (mut at_first, mut others) = (BTreeSet::new(), BTreeSet::new());
+    for now in (60..1_000).step_by(60) {
+        for (host, piece) in std::mem::take(&mut granted) {
+            if host == 1 {
+                at_first.insert(piece);
+                continue;
+            }
+            others.insert(piece);
+            w.wants(ms(now), host, [piece]);
+            w.serve_all(ms(now));
+            w.announces(ms(now), host, [piece]);
+        }
+        w.tick(ms(now));
+        granted.extend(w.granted());
+    }
+    assert!(!at_first.is_empty() && at_first.is_subset(&others), "{at_first:?} {others:?}");
 }
 
 #[test]

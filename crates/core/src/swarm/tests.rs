@@ -342,7 +342,7 @@ fn who_sends_a_bad_piece_is_dropped_at_once_and_its_pieces_are_asked_of_others()
 }
 
 #[test]
-fn in_the_endgame_a_piece_is_asked_of_two_hosts_at_most_and_the_loser_is_told() {
+fn in_the_endgame_a_piece_is_asked_of_another_host_and_the_loser_is_told() {
     let mut w = Watched::new(40);
     for host in 1..=3 {
         w.host_with(ms(0), host, 0..40);
@@ -365,6 +365,31 @@ fn in_the_endgame_a_piece_is_asked_of_two_hosts_at_most_and_the_loser_is_told() 
     assert!(w.swarm.counts().endgame > 0);
     assert_eq!(w.swarm.counts().stalls, 0, "the endgame was quicker than patience");
     assert!(!w.cancelled(3).is_empty());
+}
+
+#[test]
+fn two_slow_hosts_do_not_keep_the_last_piece_from_all_that_come_to_have_it() {
+    // Where two were asked, nobody was the third: a fetch waited 2 s for two slow hosts while fourteen others
+    // had the piece and idled.
+    let mut w = Watched::new(4);
+    w.host_with(ms(0), 3, [0]);
+    w.arrives(ms(10), 3, 0);
+    for (host, now) in [(1, 20), (2, 430)] {
+        w.host_with(ms(now), host, [host, 3]);
+        w.arrives(ms(now + 400), host, host);
+    }
+    w.tick(ms(850));
+    w.said.clear();
+    assert_eq!(w.swarm.asked[&Piece(3)], Askers { first: Host(1), others: vec![Host(2)] });
+    w.swarm.on_have_more(ms(860), Host(3), &[Piece(3)]);
+    w.tick(ms(880));
+    assert_eq!(w.asked(3), [3]);
+    w.host_with(ms(881), 4, [3]);
+    w.tick(ms(901));
+    assert_eq!(w.asked(4), [], "three are enough");
+    w.arrives(ms(902), 3, 3);
+    assert!(w.swarm.is_complete());
+    assert_eq!((w.cancelled(1), w.cancelled(2)), (vec![3], vec![3]));
 }
 
 #[test]
