@@ -103,6 +103,7 @@ const MUTANTS: &[Mutant] = &[
     mutant("swarm", "swarm.rs", "what a lost host was asked for stays with it", "fn forget(&mut self, now: Moment, host: Host) {\n        self.take_all_back(now, host);", "fn forget(&mut self, now: Moment, host: Host) {\n        if !$on {\n            self.take_all_back(now, host);\n        }"),
     mutant("swarm", "swarm.rs", "no further hosts are looked for", "self.outputs.push_back(Output::NeedHosts);", "if !$on {\n                    self.outputs.push_back(Output::NeedHosts);\n                }"),
     mutant("swarm", "swarm.rs", "no piece is asked of a second host at the end", "if self.is_endgame() && !self.asked.is_empty() {", "if !$on && self.is_endgame() && !self.asked.is_empty() {"),
+    mutant("swarm", "swarm/neighbour.rs", "what a host that is always busy was asked for is still expected soon", "(self.time_for(ahead) * self.doubt())", "(self.time_for(ahead) * if $on { 1 } else { self.doubt() })"),
     mutant("swarm", "swarm.rs", "no piece is asked of a third host", "1 => CLEARLY,", "1 if !$on => CLEARLY,"),
     mutant("swarm", "swarm.rs", "what a seed granted before is not asked for", "if let Some((host, piece)) = self.granted_before(now) {", "if let Some((host, piece)) = self.granted_before(now).filter(|_| !$on) {"),
     mutant("swarm", "swarm.rs", "a seed that fell silent is waited for", "hosts.filter(|n| n.grants.is_some_and(lapsed)).for_each(|n| n.grants = None);", "hosts.filter(|n| !$on && n.grants.is_some_and(lapsed)).for_each(|n| n.grants = None);"),

@@ -614,15 +614,17 @@ proptest! {
                     let open = sharing.contents[&content].openers.contains_key(&h);
                     sharing.on_want(now, h, content, &wants);
                     if open {
-                        // What is on its way is not asked for twice.
+                        // What is on its way is not asked for twice, unless we lost it: that is said.
                         let new = wants.into_iter().map(|p| (h, content, p));
-                        wanted.extend(new.filter(|want| !sending.contains(want)));
+                        let lost = |p| !held[content as usize].has(p);
+                        wanted.extend(new.filter(|want| !sending.contains(want) || lost(want.2)));
                     }
                 }
                 8 => { sharing.on_cancel(now, h, content, &[p]); wanted.remove(&(h, content, p)); }
                 9 => {
                     sharing.on_closed(now, h, content);
                     wanted.retain(|(to, c, _)| (*to, *c) != (h, content));
+                    sending.retain(|(to, c, _)| (*to, *c) != (h, content));
                 }
                 10 => {
                     sharing.on_gone(now, h);

@@ -255,15 +255,13 @@ impl Neighbour {
         self.asked.iter().map(move |a| {
             ahead += u64::from(a.bytes);
             // The first may be half here; but an answer long waited for is not about to come.
-            (a.piece, self.time_for(ahead).max(now.since(self.turn)))
+            (a.piece, (self.time_for(ahead) * self.doubt()).max(now.since(self.turn)))
         })
     }
 
-    /// How long a further piece of `bytes` would take to come. From a host that says nothing but Busy
-    /// ever longer: however fast it was once, or might be, others are asked before it.
+    /// How long a further piece of `bytes` would take to come.
     pub(super) fn expected_next(&self, bytes: u32) -> Duration {
-        let doubts = (self.busies / BUSIES_TO_DOUBT).min(MOST_DOUBTS);
-        self.time_for(self.asked_bytes + u64::from(bytes)) * (1 << doubts)
+        self.time_for(self.asked_bytes + u64::from(bytes)) * self.doubt()
     }
 
     /// It said that it is busy.
@@ -274,6 +272,12 @@ impl Neighbour {
     /// Nothing is known of how it answers: it neither sent a piece, nor turned us away.
     pub(super) const fn is_untried(&self) -> bool {
         self.rate() == 0 && self.asked_bytes == 0 && self.busies == 0
+    }
+
+    /// By how much longer an answer of a host that says nothing but Busy is believed to take than it seems,
+    /// ever longer: however fast it was once, or might be, others are asked before it.
+    fn doubt(&self) -> u32 {
+        1 << (self.busies / BUSIES_TO_DOUBT).min(MOST_DOUBTS)
     }
 
     fn time_for(&self, bytes: u64) -> Duration {

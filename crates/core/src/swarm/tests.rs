@@ -112,6 +112,44 @@ fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_asks_a_slow_on
 }
 
 #[test]
+fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_was_granted_it_twice() {
+    // Likewise, seed 106354, where the slow one was a seed: whatever it granted was declined, since somebody
+    // who seemed to be sooner was always asked.
+    for once_fast in [false, true] {
+        let mut w = Watched::new(4);
+        w.host_with(ms(0), 1, [0]);
+        w.arrives(ms(500), 1, 0);
+        for host in [2, 3] {
+            w.host_with(ms(500), host, once_fast.then_some(host));
+            w.asked(host).into_iter().for_each(|piece| w.arrives(ms(501), host, piece));
+        }
+        [2, 3].map(|host| w.swarm.on_have_more(ms(502), Host(host), &[Piece(1)]));
+        w.listen();
+        w.said.clear();
+        let mut taken = vec![];
+        for at in (510..6_000).step_by(15) {
+            let busy = [2, 3].into_iter().find(|n| !w.swarm.asked_of(Host(*n)).is_empty());
+            if let Some(busy) = busy.map(Host) {
+                let pieces = w.swarm.asked_of(busy);
+                w.swarm.on_busy(ms(at), busy, &pieces, Duration::from_millis(10));
+                w.listen();
+            }
+            w.tick(ms(at));
+            if at % 1_500 == 510 {
+                assert!(w.swarm.asked.contains_key(&Piece(1)), "somebody is always asked");
+                w.swarm.on_granted(ms(at), Host(1), &[Piece(1)]);
+                w.listen();
+                taken.push(w.asked(1));
+                if taken.len() == 2 {
+                    break;
+                }
+            }
+        }
+        assert_eq!(taken, [vec![], vec![1]], "fast before: {once_fast}");
+    }
+}
+
+#[test]
 fn the_rarest_piece_is_asked_for_first() {
     let mut w = Watched::new(100);
     w.swarm.pause(ms(0));
