@@ -874,10 +874,15 @@ impl IndexWorld {
         let known = index.members(now).iter().any(|member| member.peer == peer);
         if gone < 2 && known {
             assert_eq!(index.remove(now, wall, &Removal::Peer(peer)), Ok(1));
-            self.machines[at].removed = true;
-            self.machines[at].was_removed = true;
-            let before = self.machines[at].mirror.take().and_then(|mirror| mirror.listing);
-            self.machines[at].abandoned.extend(before.map(|(id, _)| id));
+            let machine = &mut self.machines[at];
+            (machine.removed, machine.was_removed) = (true, true);
+            // Who watched there gives up: a watch of the same, begun later, would else be none.
+            let before = machine.mirror.take().and_then(|mirror| mirror.listing);
+            machine.abandoned.extend(before.map(|(id, _)| id));
+            if let Some(link) = &mut machine.link {
+                link.unwatch(now);
+            }
+            self.carry_link(at);
             self.carry_index();
         }
     }

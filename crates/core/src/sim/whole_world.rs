@@ -10,13 +10,16 @@
 //! [`index_world`]: super::index_world
 //! [`swarm_world`]: super::swarm_world
 
+mod fate;
+
 use std::collections::{BTreeMap, BTreeSet};
+
+use fate::Fate;
 
 use super::index_world::{self, IndexWorld, News};
 use super::swarm_world::outside::Wish;
 use super::swarm_world::{self, Death, Line, Nature, Person, World, content_id};
 use crate::bitfield::Bitfield;
-use crate::dice::Dice;
 use crate::id::{ContentId, Name, PeerId, Piece, Version};
 use crate::swarm::Why;
 use crate::time::{Duration, Moment};
@@ -183,7 +186,7 @@ enum Deed {
 
 struct Whole<'a> {
     plan: Plan,
-    dice: Dice,
+    fate: Fate,
     now: Moment,
     index: IndexWorld,
     swarms: World,
@@ -210,7 +213,17 @@ struct Whole<'a> {
 /// # Panics
 /// Where an invariant breaks on the way, or a belief is wrong at the end.
 pub fn run(seed: u64, plan: &Plan) -> Story {
-    live(seed, plan, None)
+    live(Fate::new(&[], seed), plan, None)
+}
+
+/// Runs a small world in which people and fate do what these bytes say, decision by decision, and go on
+/// by chance.
+///
+/// # Panics
+/// Like [`run`].
+pub fn scripted(script: &[u8]) -> Story {
+    let plan = Plan { machines: 6, troubled: Duration::from_secs(20), ..Plan::default() };
+    live(Fate::new(script, 0), &plan, None)
 }
 
 /// The same, and has told what happens.
@@ -218,11 +231,11 @@ pub fn run(seed: u64, plan: &Plan) -> Story {
 /// # Panics
 /// Like [`run`].
 pub fn traced(seed: u64, plan: &Plan, trace: &mut dyn FnMut(Moment, String)) -> Story {
-    live(seed, plan, Some(trace))
+    live(Fate::new(&[], seed), plan, Some(trace))
 }
 
-fn live(seed: u64, plan: &Plan, trace: Option<&mut dyn FnMut(Moment, String)>) -> Story {
-    let mut whole = Whole::new(seed, plan.clone(), trace);
+fn live(fate: Fate, plan: &Plan, trace: Option<&mut dyn FnMut(Moment, String)>) -> Story {
+    let mut whole = Whole::new(fate, plan.clone(), trace);
     let mended_at = Moment::ZERO + plan.troubled;
     while whole.step(mended_at) {}
     whole.mend();
@@ -232,8 +245,7 @@ fn live(seed: u64, plan: &Plan, trace: Option<&mut dyn FnMut(Moment, String)>) -
 }
 
 impl<'a> Whole<'a> {
-    fn new(seed: u64, plan: Plan, trace: Option<&'a mut dyn FnMut(Moment, String)>) -> Self {
-        let mut dice = Dice(seed);
+    fn new(mut fate: Fate, plan: Plan, trace: Option<&'a mut dyn FnMut(Moment, String)>) -> Self {
         let has = |fault| plan.faults.contains(&fault);
         let index_plan = index_world::Plan {
             machines: plan.machines,
@@ -246,26 +258,26 @@ impl<'a> Whole<'a> {
         };
         // Two machines at least are as they should be.
         let natures: Vec<Nature> = (0..plan.machines)
-            .map(|at| match dice.below(if at < 2 { 1 } else { 20 }) {
+            .map(|at| match fate.below(if at < 2 { 1 } else { 20 }) {
                 8..=9 if has(Fault::Poisoner) => Nature::Poisoner {
-                    after: dice.below(6) as u32,
-                    every: 1 + dice.below(2) as u32,
+                    after: fate.below(6) as u32,
+                    every: 1 + fate.below(2) as u32,
                 },
                 10..=11 if has(Fault::Liar) => Nature::Liar,
                 12 if has(Fault::Liar) => Nature::Silent,
                 13 if has(Fault::Liar) => Nature::Busy,
                 14 if has(Fault::Liar) => Nature::Hoarder,
                 15..=16 if has(Fault::Slow) => Nature::Stalling {
-                    every: Duration::from_millis(200 + dice.below(2_000)),
-                    lasts: Duration::from_millis(dice.below(2_500)),
+                    every: Duration::from_millis(200 + fate.below(2_000)),
+                    lasts: Duration::from_millis(fate.below(2_500)),
                 },
                 _ => Nature::Honest,
             })
             .collect();
         let lines: Vec<Line> = (0..plan.machines)
             .map(|_| {
-                let mut line = Line::mbit([4, 10, 50][dice.below(3) as usize], 50);
-                line.delay = Duration::from_micros(50 + dice.below(8_000));
+                let mut line = Line::mbit([4, 10, 50][fate.below(3) as usize], 50);
+                line.delay = Duration::from_micros(50 + fate.below(8_000));
                 line
             })
             .collect();
@@ -283,14 +295,14 @@ impl<'a> Whole<'a> {
             neighbours: NEIGHBOURS,
             chunk: 64 << 10,
             walls: BTreeSet::new(),
-            seed: dice.next(),
+            seed: fate.seed(),
             check_every: 7,
         };
         let mut whole = Self {
-            index: IndexWorld::new(dice.next(), index_plan),
+            index: IndexWorld::new(fate.seed(), index_plan),
             swarms: World::within(swarm_plan),
             plan,
-            dice,
+            fate,
             now: Moment::ZERO,
             natures,
             lines,
@@ -538,12 +550,12 @@ impl<'a> Whole<'a> {
         if self.mended {
             return;
         }
-        let wait = Duration::from_millis(20 + self.dice.below(600));
+        let wait = Duration::from_millis(20 + self.fate.below(600));
         self.at(wait, Deed::Trouble);
-        let at = self.dice.below(self.plan.machines as u64) as usize;
-        let throw = self.dice.below(100);
+        let at = self.fate.below(self.plan.machines as u64) as usize;
+        let throw = self.fate.below(100);
         let has = |fault| self.plan.faults.contains(&fault);
-        let while_ms = 500 + self.dice.below(20_000);
+        let while_ms = 500 + self.fate.below(20_000);
         let lasts = Duration::from_millis(while_ms);
         match throw {
             0..14 => self.publish(at),
@@ -568,7 +580,7 @@ impl<'a> Whole<'a> {
                 self.swarms.set_line(at as u32, slow);
                 self.at(lasts, Deed::Speed(at, self.lines[at]));
             }
-            79 if has(Fault::Removal) && self.dice.chance(0.5) => self.remove(at),
+            79 if has(Fault::Removal) && self.fate.chance(0.5) => self.remove(at),
             80..83 if has(Fault::Move) => self.index.move_house(at),
             83..86 => self.look_again(at),
             _ => {}
@@ -581,11 +593,11 @@ impl<'a> Whole<'a> {
         if !lives || machine.role == Role::Read || self.contents.len() == MOST_CONTENTS {
             return;
         }
-        let files = 1 + self.dice.below(3);
-        let sizes = (0..files).map(|_| 1 + self.dice.below(1_200_000)).collect();
+        let files = 1 + self.fate.below(3);
+        let sizes = (0..files).map(|_| 1 + self.fate.below(1_200_000)).collect();
         let content = self.swarms.add_content(sizes);
         let id = content_id(content);
-        let record = self.dice.chance(0.6).then(|| {
+        let record = self.fate.chance(0.6).then(|| {
             let name: Name = format!("name-{at}").parse().expect("a name");
             let mine = self.contents.iter().filter_map(|published| published.record.as_ref());
             let versions = mine.filter(|record| record.name == name).map(|r| r.version.0);
@@ -607,7 +619,7 @@ impl<'a> Whole<'a> {
         if self.contents.is_empty() || !self.swarms.is_alive(at as u32) {
             return;
         }
-        let content = self.dice.below(self.contents.len() as u64) as u32;
+        let content = self.fate.below(self.contents.len() as u64) as u32;
         let published = &self.contents[content as usize];
         match &published.record {
             Some(record) => {
@@ -639,7 +651,7 @@ impl<'a> Whole<'a> {
         }
         self.say(|| format!("machine {at} dies"));
         self.swarms.kill(at as u32);
-        let wait = Duration::from_millis(self.dice.below(40_000));
+        let wait = Duration::from_millis(self.fate.below(40_000));
         self.at(wait, Deed::Revive(at));
     }
 
@@ -648,7 +660,7 @@ impl<'a> Whole<'a> {
             return;
         }
         self.say(|| format!("machine {at} is back"));
-        let forgets = self.dice.below(3) as u32;
+        let forgets = self.fate.below(3) as u32;
         self.swarms.revive(at as u32, forgets);
         let begun = |c: &u32| {
             self.swarms.store(at as u32, *c).is_some_and(|h| !h.is_full() && !h.is_empty())
@@ -661,7 +673,7 @@ impl<'a> Whole<'a> {
     }
 
     fn partition(&mut self, lasts: Duration) {
-        let sides: Vec<bool> = (0..self.plan.machines).map(|_| self.dice.chance(0.4)).collect();
+        let sides: Vec<bool> = (0..self.plan.machines).map(|_| self.fate.chance(0.4)).collect();
         let mut pairs = vec![];
         for a in 0..self.plan.machines {
             pairs.extend(
@@ -671,7 +683,7 @@ impl<'a> Whole<'a> {
             );
         }
         self.say(|| format!("{} pairs cannot reach each other", pairs.len()));
-        let patience = Duration::from_millis(500 + self.dice.below(8_000));
+        let patience = Duration::from_millis(500 + self.fate.below(8_000));
         for (a, b) in &pairs {
             if self.swarms.neighbours(*a).contains(b) {
                 self.mark("a cut connection was given up");
@@ -683,8 +695,8 @@ impl<'a> Whole<'a> {
 
     fn turn_clock(&mut self, at: usize, lasts: Duration) {
         const FIVE_YEARS: i64 = 5 * 365 * 24 * 3_600;
-        let skew = if self.dice.chance(0.5) { -3_600 } else { FIVE_YEARS };
-        let who = (self.dice.below(3) > 0).then_some(at);
+        let skew = if self.fate.chance(0.5) { -3_600 } else { FIVE_YEARS };
+        let who = (self.fate.below(3) > 0).then_some(at);
         self.say(|| format!("the clock of {} jumps by {skew} s", whose(who)));
         match who {
             Some(at) => self.index.machines[at].skew = skew,
@@ -718,7 +730,7 @@ impl<'a> Whole<'a> {
         self.deeds.retain(|_, deed| matches!(deed, Deed::HostAgain(..) | Deed::TendCertificates));
         self.index.mend();
         for at in 0..self.plan.machines {
-            if !self.swarms.is_alive(at as u32) && self.dice.chance(0.7) {
+            if !self.swarms.is_alive(at as u32) && self.fate.chance(0.7) {
                 self.revive(at);
             }
         }
@@ -947,6 +959,20 @@ mod tests {
     #[test]
     fn after_troubled_worlds_everybody_has_and_believes_what_is_true_225_to_299() {
         seeds(225);
+    }
+
+    #[test]
+    fn a_script_decides_what_happens_and_every_script_in_the_corpus_ends_well() {
+        let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/world");
+        let mut digests = BTreeSet::new();
+        for file in std::fs::read_dir(corpus).unwrap() {
+            let path = file.unwrap().path();
+            let script = std::fs::read(&path).unwrap();
+            let story = std::panic::catch_unwind(|| scripted(&script));
+            digests.insert(story.unwrap_or_else(|_| panic!("{}", path.display())).digest);
+        }
+        assert!(digests.len() > 10, "{} stories", digests.len());
+        assert_ne!(scripted(&[]).digest, scripted(&[255]).digest);
     }
 
     #[test]

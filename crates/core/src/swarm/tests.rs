@@ -123,7 +123,9 @@ fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_was_granted_it
             w.host_with(ms(500), host, once_fast.then_some(host));
             w.asked(host).into_iter().for_each(|piece| w.arrives(ms(501), host, piece));
         }
-        [2, 3].map(|host| w.swarm.on_have_more(ms(502), Host(host), &[Piece(1)]));
+        for host in [2, 3] {
+            w.swarm.on_have_more(ms(502), Host(host), &[Piece(1)]);
+        }
         w.listen();
         w.said.clear();
         let mut taken = vec![];
