@@ -187,7 +187,9 @@ fn break_copy(root: &Path, copy: &Path) -> Result<()> {
     }
     let lib = sources.join("lib.rs");
     broken.insert(lib.clone(), fs::read_to_string(&lib)? + "mod mutants;\n");
-    copy_folder(&root.join("crates/core"), &copy.join("crates/core"), &broken)?;
+    for folder in ["crates/core", "fuzz/corpus/world"] {
+        copy_folder(&root.join(folder), &copy.join(folder), &broken)?;
+    }
     let switch = format!(
         "pub(crate) fn on(mutant: u32) -> bool {{\n    static ON: std::sync::LazyLock<Option<u32>> = \
          std::sync::LazyLock::new(|| std::env::var(\"{SWITCH}\").ok()?.parse().ok());\n    \
