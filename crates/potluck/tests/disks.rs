@@ -1,6 +1,6 @@
 //! The worst for the store, with the real program: killed over and over, power cut, disks that fail,
-//! fill up, rot, go away or cannot be written to. Whatever needs root, or a program that is not there,
-//! says so and is skipped. `POTLUCK_ROUNDS` makes the loops longer (`cargo xtask soak`).
+//! fill up, rot, go away or cannot be written to, quotas. Whatever needs root, or a program that is not
+//! there, says so and is skipped. `POTLUCK_ROUNDS` makes the loops longer (`cargo xtask soak`).
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 #![expect(clippy::print_stdout, reason = "figures, and what was skipped")]
@@ -419,6 +419,27 @@ fn a_disk_that_fills_up_on_the_way_is_told_at_once_and_gone_on_with_when_there_i
     let freed = Instant::now();
     until("the rest", || (status_of(&bob, &id).state == "sharing").then_some(()));
     println!("told after {told:?}; whole {:?} after there was room", freed.elapsed());
+    assert_eq!(hashes(&target), hashes(&source));
+}
+
+#[test]
+fn a_quota_that_is_used_up_is_told_like_a_full_disk_and_gone_on_with() {
+    let Table { dir: _dir, index: _index, peers: [alice, bob] } = table(["alice", "bob"]);
+    let (source, id) = shares_a_folder(&alice);
+    alice.does(&["limit", "--up", "4MB"]);
+    let target = bob.home.join("copy");
+    let get = bob.begins(&["get", &id, "-o", text(&target)]);
+    until("some of it", || (bob.has(&id) > 0).then_some(()));
+    let Some(used_up) = Tampering::with(&bob, "pwritev", "error=EDQUOT") else { return };
+    alice.does(&["limit", "--up", "off"]);
+    let (code, last) = get.ends();
+    let failure = last.failure().unwrap();
+    assert_eq!(code, 8, "{failure}");
+    assert!(failure.message.contains("quota exceeded"), "{failure}");
+    assert!(failure.hint.unwrap().contains("by itself"));
+    assert!(!target.exists());
+    drop(used_up);
+    until("the rest", || (status_of(&bob, &id).state == "sharing").then_some(()));
     assert_eq!(hashes(&target), hashes(&source));
 }
 

@@ -1,5 +1,5 @@
 //! The worst for the network, with the real program on loopback: connections that say nothing, bits
-//! that flip, datagrams that are lost, an index that goes away, IPv6 alone, small packets.
+//! that flip, datagrams that are lost, an index that goes away or elsewhere, IPv6 alone, small packets.
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
@@ -278,6 +278,52 @@ fn a_transfer_goes_on_to_its_end_while_the_index_is_gone() {
     is_same(&bob.home.join("copy"), &bytes);
     index.is_back();
     until("both copies", || (bob.lists().first().map(|row| row.complete) == Some(2)).then_some(()));
+}
+
+#[test]
+fn an_index_that_is_elsewhere_under_its_name_is_found_there() {
+    const NAME: &str = "an_index_that_is_elsewhere_under_its_name_is_found_there";
+    let Some(hosts) = std::env::var_os("POTLUCK_HOSTS") else {
+        let hosts = tempfile::NamedTempFile::new().unwrap();
+        let own_names = || {
+            let mut command = Command::new("unshare");
+            let set = "mount --bind \"$POTLUCK_HOSTS\" /etc/hosts && exec \"$@\"";
+            command.args(["--mount", "--propagation", "private", "sh", "-c", set, "sh"]);
+            command.env("POTLUCK_HOSTS", hosts.path());
+            command
+        };
+        if !own_names().arg("true").output().is_ok_and(|output| output.status.success()) {
+            println!("SKIPPED: names of its own take root and unshare (util-linux)");
+            return;
+        }
+        let mut again = own_names();
+        again.arg(std::env::current_exe().unwrap()).args(["--exact", NAME, "--nocapture"]);
+        assert!(again.status().unwrap().success());
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let home = dir.path().join("index");
+    fs::create_dir(&home).unwrap();
+    let index_at = |ip: &str| {
+        fs::write(&hosts, format!("{ip} index.test\n")).unwrap();
+        let named = format!("index.test:{port}");
+        let more = ["--advertise", &named, "--heartbeat", "1"];
+        let listen = format!("{ip}:{port}");
+        Machine::start_at(&listen, home.clone(), "index", "index", &more, Under::default())
+    };
+    let mut index = index_at("127.0.0.1");
+    let [alice, bob] = ["alice", "bob"].map(|name| Machine::start(dir.path(), name, "up"));
+    alice.joins(&index.invitation());
+    index.is_killed();
+    let index = index_at("127.0.0.2");
+    let moved = Instant::now();
+    bob.joins(&index.invitation());
+    let bytes = made_up(1 << 20);
+    let id = alice.shares("film", &bytes);
+    until("who shares", || (bob.lists().first().map(|row| row.hosts) == Some(1)).then_some(()));
+    println!("listed {:?} after the index had moved", moved.elapsed());
+    is_same(&bob.gets(&id).0, &bytes);
 }
 
 /// An index and two peers on this address: a file goes over.
