@@ -216,6 +216,14 @@ pub fn run(seed: u64, plan: &Plan) -> Story {
     live(Fate::new(&[], seed), plan, None)
 }
 
+/// The same, and has told what happens.
+///
+/// # Panics
+/// Like [`run`].
+pub fn traced(seed: u64, plan: &Plan, trace: &mut dyn FnMut(Moment, String)) -> Story {
+    live(Fate::new(&[], seed), plan, Some(trace))
+}
+
 /// Runs a small world in which people and fate do what these bytes say, decision by decision, and go on
 /// by chance.
 ///
@@ -224,14 +232,6 @@ pub fn run(seed: u64, plan: &Plan) -> Story {
 pub fn scripted(script: &[u8]) -> Story {
     let plan = Plan { machines: 6, troubled: Duration::from_secs(20), ..Plan::default() };
     live(Fate::new(script, 0), &plan, None)
-}
-
-/// The same, and has told what happens.
-///
-/// # Panics
-/// Like [`run`].
-pub fn traced(seed: u64, plan: &Plan, trace: &mut dyn FnMut(Moment, String)) -> Story {
-    live(Fate::new(&[], seed), plan, Some(trace))
 }
 
 fn live(fate: Fate, plan: &Plan, trace: Option<&mut dyn FnMut(Moment, String)>) -> Story {
