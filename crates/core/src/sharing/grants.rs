@@ -42,6 +42,8 @@ const NOT_ANNOUNCED: Duration = Duration::from_secs(5);
 const LATE: u32 = 2;
 /// … or this time, while none is known.
 const LATE_FIRST: Duration = Duration::from_millis(500);
+/// The usual time moves by its eighth, so it is never less than this: from nothing it would not come back.
+const USUAL_LEAST: Duration = Duration::from_millis(1);
 /// What a reader declined, or we withdrew, is not granted to it again for so long.
 const DECLINED: Duration = Duration::from_secs(2);
 
@@ -225,11 +227,12 @@ impl Grants {
 
     /// Moves the usual time towards this one.
     fn arrived(&mut self, took: Duration) {
-        self.arrival = Some(match self.arrival {
+        let moved = match self.arrival {
             None => took,
             Some(usual) if took > usual => usual + usual / 8,
             Some(usual) => usual - usual / 8,
-        });
+        };
+        self.arrival = Some(moved.max(USUAL_LEAST));
     }
 
     pub(super) fn on_their_lost(&mut self, peer: PeerId, pieces: &[Piece]) {

@@ -463,6 +463,35 @@ fn what_does_not_arrive_in_twice_the_usual_time_is_granted_to_others_one_after_t
 }
 
 #[test]
+fn a_reader_that_announces_at_once_does_not_shorten_the_usual_time_for_ever() {
+    // The usual time moved by its eighth, so once it was nothing it stayed that.
+    let mut w = Watched::new(400, true);
+    (1..=2).for_each(|host| w.opens(ms(0), host));
+    let mut arrived = BTreeSet::new();
+    for now in (0..40_000).step_by(100) {
+        let mut under_way = w.granted();
+        for (host, piece) in under_way.clone() {
+            w.wants(ms(now), host, [piece]);
+        }
+        w.serve_all(ms(now));
+        under_way.extend(w.granted());
+        let arrives = if now == 0 { 0 } else { now + 99 };
+        if now > 0 {
+            w.tick(ms(now + 50));
+            under_way.extend(w.granted());
+        }
+        let pieces: BTreeSet<u32> = under_way.iter().map(|(_, piece)| *piece).collect();
+        assert_eq!(pieces.len(), under_way.len(), "a second copy after 50 ms, where 100 are usual");
+        for piece in pieces {
+            (1..=2).for_each(|host| w.announces(ms(arrives), host, [piece]));
+            arrived.insert(piece);
+        }
+        w.tick(ms(now + 100));
+    }
+    assert_eq!(arrived.len(), 400);
+}
+
+#[test]
 fn limits_widen_no_faster_than_readers_answer() {
     // Where answers took 0.3 s a seed idled, widened its limits every 5 ms meanwhile, and granted half of
     // the content to whoever happened to be there.
