@@ -14,25 +14,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Machine, Table, Under, made_of, made_up, table, until};
+use common::{Machine, Table, Under, alone_with, is_run_by, made_of, made_up, table, until};
 use potluck::control::{ContentStatus, Event, Request};
 
 /// Runs `name`, a test of this file, once more in a process with mounts of its own, which are gone
 /// with it, however it ends. True in that process: go on.
 fn has_own_mounts(name: &str) -> bool {
-    if std::env::var_os("POTLUCK_OWN_MOUNTS").is_some() {
-        return true;
-    }
-    let mut unshare = Command::new("unshare");
-    unshare.args(["--mount", "--propagation", "private"]);
-    let can = Command::new("unshare").args(["--mount", "true"]).output();
-    if !can.is_ok_and(|output| output.status.success()) {
-        println!("SKIPPED: {name}: mounting takes root");
-        return false;
-    }
-    unshare.arg(std::env::current_exe().unwrap()).args(["--exact", name, "--nocapture"]);
-    assert!(unshare.env("POTLUCK_OWN_MOUNTS", "1").status().unwrap().success());
-    false
+    is_run_by(&alone_with(&["--mount"], "true"), name, "root: it mounts")
 }
 
 /// How often a loop goes round: as often as is asked for, or `few` times.

@@ -11,7 +11,10 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Machine, Running, Table, Under, done, made_of, made_up, sum, table, until};
+use common::{
+    Machine, Running, Table, Under, can_run, done, made_of, made_up, sum, table, until,
+    with_small_disk,
+};
 use potluck::control::{Event, Request, Row};
 
 /// So many bytes that a fetch of them can be met half-way.
@@ -428,11 +431,7 @@ fn a_folder_with_a_file_that_cannot_be_read_is_not_shared() {
             ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"].map(Into::into).into();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         std::os::unix::fs::chown(&home, Some(65_534), Some(65_534)).unwrap();
-        let can_run = std::process::Command::new(&setpriv[0])
-            .args(&setpriv[1..])
-            .args([env!("CARGO_BIN_EXE_potluck"), "--version"])
-            .output();
-        if !can_run.is_ok_and(|output| output.status.success()) {
+        if !can_run(&setpriv) {
             println!("SKIPPED: as root, and setpriv cannot run the program as nobody");
             return;
         }
@@ -454,15 +453,11 @@ fn a_folder_with_a_file_that_cannot_be_read_is_not_shared() {
 #[test]
 fn a_disk_that_is_too_small_is_told_before_anything_is_written() {
     let Table { dir, index, peers: [alice] } = table(["alice"]);
-    let mount = "mount -t tmpfs -o size=2m potluck \"$0\" && exec \"$@\"";
     let home = dir.path().join("bob");
     let small = home.join("small");
     fs::create_dir_all(&small).unwrap();
-    let process: Vec<String> =
-        ["unshare", "-m", "sh", "-c", mount, small.to_str().unwrap()].map(Into::into).into();
-    let try_it =
-        || std::process::Command::new(&process[0]).args(&process[1..]).arg("true").output();
-    if !is_root() || !try_it().is_ok_and(|output| output.status.success()) {
+    let process = with_small_disk(2, &small);
+    if !can_run(&process) {
         println!("SKIPPED: no tmpfs can be mounted in a namespace of its own here");
         return;
     }

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Machine, Table, Under, made_of, made_up, sum, table, until};
+use common::{Machine, Table, Under, alone_with, is_run_by, made_of, made_up, sum, table, until};
 use potluck::control::{Event, Request};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -283,30 +283,18 @@ fn a_transfer_goes_on_to_its_end_while_the_index_is_gone() {
 #[test]
 fn an_index_that_is_elsewhere_under_its_name_is_found_there() {
     const NAME: &str = "an_index_that_is_elsewhere_under_its_name_is_found_there";
-    let Some(hosts) = std::env::var_os("POTLUCK_HOSTS") else {
-        let hosts = tempfile::NamedTempFile::new().unwrap();
-        let own_names = || {
-            let mut command = Command::new("unshare");
-            let set = "mount --bind \"$POTLUCK_HOSTS\" /etc/hosts && exec \"$@\"";
-            command.args(["--mount", "--propagation", "private", "sh", "-c", set, "sh"]);
-            command.env("POTLUCK_HOSTS", hosts.path());
-            command
-        };
-        if !own_names().arg("true").output().is_ok_and(|output| output.status.success()) {
-            println!("SKIPPED: names of its own take root and unshare (util-linux)");
-            return;
-        }
-        let mut again = own_names();
-        again.arg(std::env::current_exe().unwrap()).args(["--exact", NAME, "--nocapture"]);
-        assert!(again.status().unwrap().success());
+    let hosts = tempfile::NamedTempFile::new().unwrap();
+    let own = format!("mount --bind '{}' /etc/hosts", hosts.path().display());
+    if !is_run_by(&alone_with(&["--mount"], &own), NAME, "root: it has names of its own") {
         return;
-    };
+    }
+    assert_eq!(fs::read("/etc/hosts").unwrap(), b"", "not the machine's");
     let dir = tempfile::tempdir().unwrap();
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let home = dir.path().join("index");
     fs::create_dir(&home).unwrap();
     let index_at = |ip: &str| {
-        fs::write(&hosts, format!("{ip} index.test\n")).unwrap();
+        fs::write("/etc/hosts", format!("{ip} index.test\n")).unwrap();
         let named = format!("index.test:{port}");
         let more = ["--advertise", &named, "--heartbeat", "1"];
         let listen = format!("{ip}:{port}");
@@ -360,8 +348,7 @@ fn it_all_works_where_there_is_only_ipv6() {
 const CABLE: &str = "mount -t tmpfs tmpfs /run && ip netns add far \
     && ip link add near type veth peer name far netns far \
     && ip link set lo up && ip addr add 10.9.0.1/24 dev near && ip link set near up \
-    && ip -n far link set lo up && ip -n far addr add 10.9.0.2/24 dev far && ip -n far link set far up \
-    && exec \"$@\"";
+    && ip -n far link set lo up && ip -n far addr add 10.9.0.2/24 dev far && ip -n far link set far up";
 
 fn ip(args: &[&str]) {
     assert!(Command::new("ip").args(args).status().unwrap().success(), "ip {args:?}");
@@ -372,19 +359,8 @@ fn ip(args: &[&str]) {
 #[test]
 fn a_machine_whose_address_changes_goes_on_sending_and_fetching_by_itself() {
     const NAME: &str = "a_machine_whose_address_changes_goes_on_sending_and_fetching_by_itself";
-    if std::env::var_os("POTLUCK_CABLE").is_none() {
-        let cable = || {
-            let mut command = Command::new("unshare");
-            command.args(["--net", "--mount", "--propagation", "private", "sh", "-c", CABLE, "sh"]);
-            command
-        };
-        if !cable().arg("true").output().is_ok_and(|output| output.status.success()) {
-            println!("SKIPPED: a network of its own takes root and ip (iproute2)");
-            return;
-        }
-        let mut again = cable();
-        again.arg(std::env::current_exe().unwrap()).args(["--exact", NAME, "--nocapture"]);
-        assert!(again.env("POTLUCK_CABLE", "1").status().unwrap().success());
+    let cable = alone_with(&["--net", "--mount"], CABLE);
+    if !is_run_by(&cable, NAME, "root and ip (iproute2): it has a network of its own") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -436,21 +412,9 @@ fn a_machine_whose_address_changes_goes_on_sending_and_fetching_by_itself() {
 #[test]
 fn it_all_works_where_packets_are_no_larger_than_1280_bytes() {
     const NAME: &str = "it_all_works_where_packets_are_no_larger_than_1280_bytes";
-    if std::env::var_os("POTLUCK_SMALL_PACKETS").is_some() {
+    let small = alone_with(&["--net"], "ip link set lo mtu 1280 up");
+    if is_run_by(&small, NAME, "root and ip (iproute2): it has a network of its own") {
         goes_over_at("[::1]:0");
-        return goes_over_at("127.0.0.1:0");
+        goes_over_at("127.0.0.1:0");
     }
-    let set = "ip link set lo mtu 1280 up && exec \"$@\"";
-    let unshare = || {
-        let mut command = Command::new("unshare");
-        command.args(["--net", "sh", "-c", set, "sh"]);
-        command
-    };
-    if !unshare().arg("true").output().is_ok_and(|output| output.status.success()) {
-        println!("SKIPPED: a network namespace of its own takes root and ip (iproute2)");
-        return;
-    }
-    let mut again = unshare();
-    again.arg(std::env::current_exe().unwrap()).args(["--exact", NAME, "--nocapture"]);
-    assert!(again.env("POTLUCK_SMALL_PACKETS", "1").status().unwrap().success());
 }

@@ -11,7 +11,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::process::{Child, ChildStdin, Stdio};
 use std::time::Duration;
 
-use common::{Machine, Under, made_up, potluck, until};
+use common::{Machine, Under, can_run, made_up, potluck, until, with_small_disk};
 use potluck::control::Event;
 use potluck::{Invitation, testing};
 use potluck_core::id::{ContentId, RequestId};
@@ -247,12 +247,8 @@ fn an_index_whose_disk_is_full_serves_from_memory_says_so_and_recovers() {
     let home = dir.path().join("index");
     let state = home.join("state");
     fs::create_dir_all(&state).unwrap();
-    let mount = "mount -t tmpfs -o size=8m potluck \"$0\" && exec \"$@\"";
-    let process: Vec<String> =
-        ["unshare", "-m", "sh", "-c", mount, state.to_str().unwrap()].map(Into::into).into();
-    let try_it =
-        || std::process::Command::new(&process[0]).args(&process[1..]).arg("true").output();
-    if !rustix::process::getuid().is_root() || !try_it().is_ok_and(|o| o.status.success()) {
+    let process = with_small_disk(8, &state);
+    if !can_run(&process) {
         println!("SKIPPED: no tmpfs can be mounted in a namespace of its own here");
         return;
     }

@@ -49,6 +49,17 @@ impl Watched {
         self.listen();
     }
 
+    /// The first of these that is asked for something says Busy, so that the wait of another is over by
+    /// the time that its own begins.
+    fn are_busy(&mut self, now: Moment, hosts: [u32; 2]) {
+        let asked = |host: &Host| !self.swarm.asked_of(*host).is_empty();
+        if let Some(host) = hosts.map(Host).into_iter().find(asked) {
+            let pieces = self.swarm.asked_of(host);
+            self.swarm.on_busy(now, host, &pieces, Duration::from_millis(10));
+        }
+        self.tick(now);
+    }
+
     /// What was asked of this host since the last call.
     fn asked(&mut self, host: u32) -> Vec<u32> {
         let mut asked = Vec::new();
@@ -97,14 +108,7 @@ fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_asks_a_slow_on
         w.said.clear();
         let mut asked = vec![];
         for now in (504..6_000).step_by(15).map(ms) {
-            // One after the other: whenever one says Busy, the wait of the other is over.
-            let busy = [2, 3].into_iter().find(|n| !w.swarm.asked_of(Host(*n)).is_empty());
-            if let Some(busy) = busy.map(Host) {
-                let pieces = w.swarm.asked_of(busy);
-                w.swarm.on_busy(now, busy, &pieces, Duration::from_millis(10));
-                w.listen();
-            }
-            w.tick(now);
+            w.are_busy(now, [2, 3]);
             asked.extend(w.asked(1));
         }
         assert!(asked.contains(&3), "fast before: {once_fast}");
@@ -130,13 +134,7 @@ fn hosts_that_are_always_busy_do_not_keep_the_last_piece_from_who_was_granted_it
         w.said.clear();
         let mut taken = vec![];
         for at in (510..6_000).step_by(15) {
-            let busy = [2, 3].into_iter().find(|n| !w.swarm.asked_of(Host(*n)).is_empty());
-            if let Some(busy) = busy.map(Host) {
-                let pieces = w.swarm.asked_of(busy);
-                w.swarm.on_busy(ms(at), busy, &pieces, Duration::from_millis(10));
-                w.listen();
-            }
-            w.tick(ms(at));
+            w.are_busy(ms(at), [2, 3]);
             if at % 1_500 == 510 {
                 assert!(w.swarm.asked.contains_key(&Piece(1)), "somebody is always asked");
                 w.swarm.on_granted(ms(at), Host(1), &[Piece(1)]);

@@ -39,6 +39,43 @@ fn potluck_by(runner: &[String], state: &Path) -> Command {
     command
 }
 
+/// Whether this runner can run the program here.
+pub(crate) fn can_run(runner: &[String]) -> bool {
+    let output = potluck_by(runner, Path::new("/")).arg("--version").output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+/// What runs another program where it has these (in the words of `unshare`) for itself alone, and they are
+/// gone with it; `set` is a shell's command that is run there first.
+pub(crate) fn alone_with(these: &[&str], set: &str) -> Vec<String> {
+    let set = format!("{set} && exec \"$@\"");
+    let words = [&["unshare"], these, &["sh", "-c", &set, "sh"]].concat();
+    words.into_iter().map(Into::into).collect()
+}
+
+/// What runs another program with a disk in memory, of so many MiB, at `at`.
+pub(crate) fn with_small_disk(mib: u32, at: &Path) -> Vec<String> {
+    let set = format!("mount -t tmpfs -o size={mib}m potluck '{}'", at.display());
+    alone_with(&["--mount"], &set)
+}
+
+/// Runs the test of this name once more, by this runner. True in the process that does: go on.
+pub(crate) fn is_run_by(runner: &[String], name: &str, takes: &str) -> bool {
+    const AGAIN: &str = "POTLUCK_AGAIN";
+    if std::env::var_os(AGAIN).is_some() {
+        return true;
+    }
+    if !can_run(runner) {
+        println!("SKIPPED: {name} takes {takes}");
+        return false;
+    }
+    let mut again = Command::new(&runner[0]);
+    again.args(&runner[1..]).arg(std::env::current_exe().unwrap());
+    again.args(["--exact", name, "--nocapture"]).env(AGAIN, "1");
+    assert!(again.status().unwrap().success());
+    false
+}
+
 /// What was printed with `--json`; every line must be an event that this version knows.
 pub(crate) fn events(output: &Output) -> Vec<Event> {
     String::from_utf8(output.stdout.clone()).unwrap().lines().map(event).collect()
