@@ -52,21 +52,21 @@ const fn mutant(
 
 #[rustfmt::skip]
 const MUTANTS: &[Mutant] = &[
-    mutant("registrar", "registrar/mod.rs", "a datagram seen before is heeded again", "if !session.window.mark(opened.counter) {", "if !session.window.mark(opened.counter) && !$on {"),
-    mutant("registrar", "registrar/mod.rs", "a change that a later one overtook is made all the same", "if order < *last {", "if order < *last && !$on {"),
-    mutant("registrar", "registrar/mod.rs", "a removed member is answered like any other", "if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {", "if !$on && self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {"),
-    mutant("registrar", "registrar/mod.rs", "what comes from an unproven address is heeded", "if !proven {", "if !proven && !$on {"),
-    mutant("registrar", "registrar/mod.rs", "a refusal to an unproven address may be longer than the request", "if sealed(&refusal) >= length {\n            refusal.text.clear();\n        }\n        if sealed(&refusal) < length {", "if sealed(&refusal) >= length && !$on {\n            refusal.text.clear();\n        }\n        if $on || sealed(&refusal) < length {"),
+    mutant("registrar", "registrar/seats.rs", "a datagram seen before is heeded again", "if !session.window.mark(opened.counter) {", "if !session.window.mark(opened.counter) && !$on {"),
+    mutant("registrar", "registrar/requests.rs", "a change that a later one overtook is made all the same", "if order < *last {", "if order < *last && !$on {"),
+    mutant("registrar", "registrar/requests.rs", "a removed member is answered like any other", "if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {", "if !$on && self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {"),
+    mutant("registrar", "registrar/requests.rs", "what comes from an unproven address is heeded", "if !proven {", "if !proven && !$on {"),
+    mutant("registrar", "registrar/requests.rs", "a refusal to an unproven address may be longer than the request", "if sealed(&refusal) >= length {\n            refusal.text.clear();\n        }\n        if sealed(&refusal) < length {", "if sealed(&refusal) >= length && !$on {\n            refusal.text.clear();\n        }\n        if $on || sealed(&refusal) < length {"),
     mutant("registrar", "registrar/pace.rs", "nobody is too fast", "if self.used >= i64::from(burst) * 1_000 {", "if self.used >= i64::from(burst) * 1_000 && !$on {"),
     mutant("registrar", "registrar/gate.rs", "what is passed over is opened all the same", "if kept.member == member.0 && now < kept.shut {", "if !$on && kept.member == member.0 && now < kept.shut {"),
-    mutant("registrar", "registrar/mod.rs", "a lease lapses though it was renewed", "Some(until) if until > now => {\n                    seat.queued = true;", "Some(until) if until > now && !$on => {\n                    seat.queued = true;"),
-    mutant("registrar", "registrar/mod.rs", "a lease lapses, and what was leased stays", "self.stats.lapsed += 1;\n                    self.evict(member);", "self.stats.lapsed += 1;\n                    if !$on {\n                        self.evict(member);\n                    }"),
-    mutant("registrar", "registrar/mod.rs", "registrations that differ are not asked for again", "let repeat_all = theirs != 0 &&", "let repeat_all = !$on && theirs != 0 &&"),
-    mutant("registrar", "registrar/mod.rs", "after a restart nobody is asked how much it holds", "(theirs != ours || seat.vague)", "(theirs != ours || (seat.vague && !$on))"),
-    mutant("registrar", "registrar/mod.rs", "what a round did not name stays", "if said.round_ends {\n            self.catalog.end_round", "if said.round_ends && !$on {\n            self.catalog.end_round"),
-    mutant("registrar", "registrar/mod.rs", "a reader publishes contents", "if role == Role::Read && !self.catalog.knows(&item.id)", "if !$on && role == Role::Read && !self.catalog.knows(&item.id)"),
-    mutant("registrar", "registrar/mod.rs", "a name needs no signature", "record.check(network).is_ok()", "$on || record.check(network).is_ok()"),
-    mutant("registrar", "registrar/mod.rs", "a heartbeat renews no lease", "self.renew(number, now + self.lease());", "if !$on || !said.items.is_empty() {\n            self.renew(number, now + self.lease());\n        }"),
+    mutant("registrar", "registrar/seats.rs", "a lease lapses though it was renewed", "Some(until) if until > now => {\n                    seat.queued = true;", "Some(until) if until > now && !$on => {\n                    seat.queued = true;"),
+    mutant("registrar", "registrar/seats.rs", "a lease lapses, and what was leased stays", "self.stats.lapsed += 1;\n                    self.evict(member);", "self.stats.lapsed += 1;\n                    if !$on {\n                        self.evict(member);\n                    }"),
+    mutant("registrar", "registrar/requests.rs", "registrations that differ are not asked for again", "let repeat_all = theirs != 0 &&", "let repeat_all = !$on && theirs != 0 &&"),
+    mutant("registrar", "registrar/requests.rs", "after a restart nobody is asked how much it holds", "(theirs != ours || seat.vague)", "(theirs != ours || (seat.vague && !$on))"),
+    mutant("registrar", "registrar/requests.rs", "what a round did not name stays", "if said.round_ends {\n            self.catalog.end_round", "if said.round_ends && !$on {\n            self.catalog.end_round"),
+    mutant("registrar", "registrar/requests.rs", "a reader publishes contents", "if role == Role::Read && !self.catalog.knows(&item.id)", "if !$on && role == Role::Read && !self.catalog.knows(&item.id)"),
+    mutant("registrar", "registrar/requests.rs", "a name needs no signature", "record.check(network).is_ok()", "$on || record.check(network).is_ok()"),
+    mutant("registrar", "registrar/requests.rs", "a heartbeat renews no lease", "self.renew(number, now + self.lease());", "if !$on || !said.items.is_empty() {\n            self.renew(number, now + self.lease());\n        }"),
     mutant("registrar", "registrar/desk.rs", "what a removed member hosts stays", "self.watchers.remove(*member);\n            self.evict(*member);", "self.watchers.remove(*member);\n            if !$on {\n                self.evict(*member);\n            }"),
     mutant("registrar", "registrar/desk.rs", "any certificate makes a stranger a member again", "shown.filter(|c| c.check(self.network, peer, wall).is_ok())?", "shown.filter(|c| $on || c.check(self.network, peer, wall).is_ok())?"),
     mutant("registrar", "registrar/members.rs", "whoever knows an invitation by name may join by it", "if !same_tag(&join_tag", "if !$on && !same_tag(&join_tag"),
@@ -121,6 +121,7 @@ const MUTANTS: &[Mutant] = &[
     mutant("sharing", "sharing/grants.rs", "grants are taken back before a slow line can have told of them", "let sending = Duration::from_millis(4 * sending);", "let sending = Duration::from_millis(if $on { 0 } else { 4 * sending });"),
     mutant("sharing", "sharing/grants.rs", "a second copy goes out while the first is under way", "newest.retain(|_, given| now.since(*given) >= patience);", "newest.retain(|_, given| $on || now.since(*given) >= patience);"),
     mutant("sharing", "sharing/grants.rs", "what is under way to one is kept from all others for ever", "newest.keys().for_each(|piece| self.stock.expire(*piece));", "newest.keys().filter(|_| !$on).for_each(|piece| self.stock.expire(*piece));"),
+    mutant("sharing", "sharing/grants.rs", "a reader that announces at once shortens the usual time for ever", "Some(moved.max(USUAL_LEAST))", "Some(if $on { moved } else { moved.max(USUAL_LEAST) })"),
     mutant("sharing", "sharing/grants.rs", "limits widen while the first grants are not answered", "self.answer.map(|answer| answer.max(WIDEN_EVERY));", "self.answer.map(|answer| if $on { WIDEN_EVERY } else { answer.max(WIDEN_EVERY) });"),
 ];
 
@@ -130,7 +131,7 @@ pub(super) fn run(only: &[String]) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize()?;
     let copy = root.join("target/mutants");
     break_copy(&root, &copy)?;
-    let tests = build(&root, &copy)?;
+    let tests = build(&copy)?;
     let noticed = test(&tests, None, &[])?;
     ensure!(noticed.is_none(), "without any mutant, a test fails: {}", noticed.unwrap_or_default());
     let meant = |m: &Mutant, only: &String| m.what.contains(only) || m.machine == only;
@@ -222,14 +223,15 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Builds the copy's tests; says where they are.
-fn build(root: &Path, copy: &Path) -> Result<PathBuf> {
+/// Builds the copy's tests, in a target folder of its own: cargo would take the copy's crate for the one
+/// that it was copied from, and run one's tests for the other's. Says where they are.
+fn build(copy: &Path) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["test", "--no-run", "--lib", "-p", "potluck-core"])
         .arg("--message-format=json-render-diagnostics")
         .current_dir(copy)
-        .env("CARGO_TARGET_DIR", root.join("target"))
+        .env("CARGO_TARGET_DIR", copy.join("target"))
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;

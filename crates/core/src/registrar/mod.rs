@@ -11,7 +11,9 @@ mod desk;
 mod gate;
 mod members;
 mod pace;
+mod requests;
 mod saved;
+mod seats;
 #[cfg(test)]
 mod tests;
 #[doc(hidden)]
@@ -21,35 +23,28 @@ mod watch;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 
-use crate::catalog::{Asker, Catalog, Counts, Limits, Pattern, refuse};
+use crate::catalog::{Catalog, Counts, Limits};
 use crate::dice::Dice;
 use crate::fault::Fault;
-use crate::id::{MemberNumber, NetworkId, RequestId};
-use crate::seal::{CookieJar, ReplayWindow, ReplyHead};
+use crate::id::{MemberNumber, NetworkId};
+use crate::seal::CookieJar;
 use crate::time::{Duration, Moment, WallTime};
-use crate::trust::{MachineKey, NameRecord, RevocationList, Role};
+use crate::trust::{MachineKey, RevocationList};
 use crate::wire::bytes::Malformed;
-use crate::wire::datagram::{
-    Ack, Code, HEAD_BYTES, Item, List, Load, Refusal, Register, Registered, Reply, Request, Search,
-    TAG_BYTES,
-};
+use crate::wire::datagram::{Code, Load};
 use crate::wire::desk::Answer;
 
 use blame::Blames;
 pub use desk::{Caller, Invited};
-use gate::Line;
 pub use gate::{Gate, Opened, Outbox};
 pub use members::Member;
 use members::{Epochs, Roster, Secrets};
-use pace::{BURST_S, Pace, REQUESTS_A_SECOND, SIGNATURE_TOKENS, Turn};
+use pace::{BURST_S, REQUESTS_A_SECOND};
 use saved::Saved;
 pub use saved::{Change, Table};
+use seats::Seat;
 use watch::Watchers;
 
-/// Heartbeats that a member may miss before what it hosts is forgotten.
-const LEASE_HEARTBEATS: u64 = 3;
-/// Rows looked at for a list that cost as much as one request.
-const ROWS_A_TOKEN: usize = 256;
 /// What an index is taken to need of memory: for a member; for what is known of one that was heard …
 const MEMBER_BYTES: usize = 320;
 const SEAT_BYTES: usize = 256;
@@ -221,45 +216,6 @@ pub struct Stats {
     /// Bytes that all of this is taken to need: reckoned, not measured, so that what is refused does
     /// not depend on how memory is handed out. About what the process has, and rather more.
     pub memory: usize,
-}
-
-/// What the index keeps of a member's session; made only when a datagram proved to be its own.
-///
-/// A window that is dropped while replays could still open is no danger: without a cookie of the
-/// last two minutes they have no effect, and windows used within four minutes go last.
-struct Session {
-    epoch: u16,
-    salt: u64,
-    window: ReplayWindow,
-    used: Moment,
-    /// How many sessions this member had before.
-    nth: u64,
-}
-
-/// What the index knows of a member since it started.
-#[derive(Default)]
-struct Seat {
-    sessions: Vec<Session>,
-    /// Sessions it ever had.
-    born: u64,
-    /// Session and counter of the last datagram that changed what it hosts, and of the last that
-    /// changed what it watches: changes are made in the order in which it sent them, or an old one,
-    /// late, would undo a newer.
-    hosts_order: (u64, u64),
-    watch_order: (u64, u64),
-    pace: Pace,
-    heard: Option<Moment>,
-    /// When it last said how busy it is, not counting what came sooner than it had to.
-    reported: Option<Moment>,
-    /// Until when what it hosts stays; `None` while it hosts nothing.
-    lease: Option<Moment>,
-    /// Since the restart it has not said how much it holds of what it does not hold whole: that is
-    /// not saved, and no part of the digest.
-    vague: bool,
-    /// It stands in the queue of leases.
-    queued: bool,
-    /// The address in the saved rows.
-    saved: Option<SocketAddr>,
 }
 
 /// The index's thinking.
@@ -594,377 +550,7 @@ impl Registrar {
         }
     }
 
-    /// Notes a member's datagram in its session; where it stands among all it sent, or why it is
-    /// dropped. What was opened with keys of a moment ago may be out of date by now.
-    fn recognise(&mut self, now: Moment, opened: &Opened<'_>) -> Result<(u64, u64), Dropped> {
-        let Line { member, epoch, salt, .. } = opened.line;
-        if !self.epochs.knows(epoch) {
-            return Err(Dropped::UnknownEpoch);
-        }
-        let most = self.settings.sessions_a_member;
-        let seat = self.seat(member);
-        let known = seat.sessions.iter_mut().find(|s| (s.epoch, s.salt) == (epoch, salt));
-        if let Some(session) = known {
-            if !session.window.mark(opened.counter) {
-                return Err(Dropped::Replayed);
-            }
-            session.used = now;
-            return Ok((session.nth, opened.counter));
-        }
-        let mut window = ReplayWindow::default();
-        window.mark(opened.counter);
-        seat.born += 1;
-        let nth = seat.born;
-        let before = seat.sessions.len();
-        seat.remember(Session { epoch, salt, window, used: now, nth }, now, most);
-        let after = seat.sessions.len();
-        self.sessions = self.sessions + after - before;
-        Ok((nth, opened.counter))
-    }
-
-    /// Answers a datagram that is authentic.
-    fn heed(&mut self, now: Moment, opened: &Opened<'_>, order: (u64, u64)) -> Result<(), Dropped> {
-        let Opened { line, kind, proven, length, plaintext, .. } = opened;
-        let (kind, length) = (*kind, *length);
-        let (id, _) = plaintext.split_first_chunk::<8>().ok_or(Dropped::Malformed)?;
-        let id = RequestId(u64::from_be_bytes(*id));
-        let Settings { requests_a_second, burst, .. } = self.settings;
-        let turn = self.seat(line.member).pace.take(now, requests_a_second, burst);
-        if let Turn::Refused(until) | Turn::PassedOver(until) = turn {
-            self.too_fast.push((line.member, until));
-        }
-        if let Turn::PassedOver(_) = turn {
-            return Err(Dropped::TooFast);
-        }
-        if self.roster.member(line.member).is_none_or(|member| member.removed.is_some()) {
-            let refusal = refuse(Code::Removed, "this machine was removed from the network");
-            if *proven {
-                self.reply(line, kind, id, &Reply::Error(refusal));
-            } else {
-                self.refuse_short(line, kind, id, refusal, length);
-            }
-            return Ok(());
-        }
-        if !proven {
-            let cookie = Some(self.jar.bake(now, line.from, line.member));
-            let refusal = Refusal { code: Code::CookieNeeded, text: String::new(), cookie };
-            self.refuse_short(line, kind, id, refusal, length);
-            return Ok(());
-        }
-        self.seat(line.member).heard = Some(now);
-        let done = if turn != Turn::Granted {
-            Err(refuse(Code::TooFast, "too many requests: wait a second"))
-        } else if self.epochs.ends_soon(line.epoch, now) {
-            Err(refuse(Code::SessionOver, "fetch new keys"))
-        } else {
-            match Request::decode(kind, plaintext) {
-                Ok((_, request)) => {
-                    self.keep_order(line.member, order, &request)?;
-                    self.act(now, line, request)
-                }
-                Err(malformed) => Err(refuse(Code::BadRequest, malformed.to_string())),
-            }
-        };
-        self.reply(line, kind, id, &done.map_or_else(Reply::Error, Reply::Ack));
-        self.settle(line.member);
-        self.watchers.note(now, self.catalog.sequence());
-        Ok(())
-    }
-
-    /// Refuses a change of what a member hosts or watches that a later one of it has overtaken.
-    fn keep_order(
-        &mut self,
-        member: MemberNumber,
-        order: (u64, u64),
-        request: &Request,
-    ) -> Result<(), Dropped> {
-        let seat = self.seat(member);
-        let last = match request {
-            Request::Register(said) if said.items.is_empty() && !said.round_ends => return Ok(()),
-            Request::Register(_) | Request::Deregister(_) => &mut seat.hosts_order,
-            Request::Watch(_) => &mut seat.watch_order,
-            Request::Search(_) | Request::List(_) => return Ok(()), // these change nothing
-        };
-        if order < *last {
-            return Err(Dropped::Overtaken);
-        }
-        *last = order;
-        Ok(())
-    }
-
-    fn act(&mut self, now: Moment, line: &Line, request: Request) -> Result<Ack, Refusal> {
-        match request {
-            Request::Register(register) => self.register(now, line, &register).map(Ack::Registered),
-            Request::Search(search) => self.search(now, line, &search),
-            Request::List(list) => self.list(line, &list),
-            Request::Deregister(ids) => {
-                for id in &ids {
-                    self.catalog.withdraw(line.member, id);
-                }
-                Ok(Ack::Deregistered)
-            }
-            Request::Watch(watch) => self.watch(now, line, &watch).map(Ack::Watching),
-        }
-    }
-
-    fn register(
-        &mut self,
-        now: Moment,
-        line: &Line,
-        said: &Register,
-    ) -> Result<Registered, Refusal> {
-        let number = line.member;
-        let Some(member) = self.roster.member(number) else {
-            return Err(refuse(Code::Removed, "this machine was removed from the network"));
-        };
-        let (peer, role) = (member.peer, member.role);
-        if said.port == 0 && !said.items.is_empty() {
-            return Err(refuse(Code::BadRequest, "a host serves on a port: 0 is none"));
-        }
-        let hosts = self.catalog.hosted_by(number) > 0;
-        if said.port != 0 && (hosts || !said.items.is_empty()) {
-            let address = SocketAddr::new(line.from.ip().to_canonical(), said.port);
-            let heartbeat = Duration::from_secs(self.settings.heartbeat_s.into());
-            let seat = self.seat(number);
-            let due = seat.reported.is_none_or(|at| now.since(at) >= heartbeat / 2);
-            if due {
-                seat.reported = Some(now);
-            }
-            self.catalog.report(number, peer, address, said.load, due);
-        }
-        if said.round != 0 && (said.round_ends || !said.items.is_empty()) {
-            self.catalog.enter_round(number, said.round); // heartbeats may come late, and begin none
-        }
-        let mut refused = vec![];
-        for (position, item) in said.items.iter().enumerate() {
-            if let Err(refusal) = self.register_item(number, peer, role, item) {
-                *self.stats.items_refused.entry(refusal.code).or_default() += 1;
-                refused.push((position as u8, refusal));
-            }
-        }
-        if said.round_ends {
-            self.catalog.end_round(number, said.round);
-        }
-        self.renew(number, now + self.lease());
-        let theirs = u128::from_le_bytes(said.digest);
-        let ours = self.catalog.digest(number);
-        let seat = self.seat(number);
-        seat.vague &= !said.round_ends;
-        let repeat_all = theirs != 0 && (theirs != ours || seat.vague);
-        self.stats.repeats += u64::from(repeat_all);
-        let lease_s = self.lease().as_secs().min(u64::from(u16::MAX)) as u16;
-        let heartbeat_s = self.settings.heartbeat_s.max(1);
-        Ok(Registered { lease_s, heartbeat_s, repeat_all, refused })
-    }
-
-    fn register_item(
-        &mut self,
-        number: MemberNumber,
-        peer: crate::id::PeerId,
-        role: Role,
-        item: &Item,
-    ) -> Result<(), Refusal> {
-        if role == Role::Read && !self.catalog.knows(&item.id) && !self.is_relayed(peer, item) {
-            return Err(refuse(Code::NotAllowed, "your role may not publish new contents"));
-        }
-        if role == Role::Read
-            && let Some(record) = &item.name
-            && record.publisher == peer
-            && !self.catalog.has_record(record)
-        {
-            return Err(refuse(Code::NotAllowed, "your role may not publish names"));
-        }
-        let known = self.catalog.hosts_it(number, &item.id)
-            && item.name.as_ref().is_none_or(|record| self.catalog.has_record(record));
-        if !known && self.is_full() {
-            return Err(refuse(Code::Full, "the index's memory is full"));
-        }
-        let network = self.network;
-        let mut verified = false;
-        let done = self.catalog.register(number, item, |record: &NameRecord| {
-            verified = true;
-            record.check(network).is_ok()
-        });
-        if verified {
-            self.seat(number).pace.charge(SIGNATURE_TOKENS);
-        }
-        done
-    }
-
-    /// Whether `item` brings along the record of another that may publish: what a machine that only
-    /// reads may introduce, so that an index that lost its file finds it again.
-    fn is_relayed(&self, peer: crate::id::PeerId, item: &Item) -> bool {
-        item.name.as_ref().is_some_and(|record| {
-            let publisher = self.roster.member_with(record.publisher);
-            record.publisher != peer && publisher.is_some_and(|p| p.role >= Role::Publish)
-        })
-    }
-
-    fn search(&mut self, now: Moment, line: &Line, search: &Search) -> Result<Ack, Refusal> {
-        for peer in &search.avoid {
-            let host = self.roster.member_with(*peer).map(|member| member.number);
-            let host = host.filter(|h| *h != line.member && self.catalog.hosted_by(*h) > 0);
-            if let Some(host) = host {
-                self.blames.add(now, host, line.member);
-                self.catalog.sink(host, self.blames.sinks(host));
-            }
-        }
-        let loopback = line.from.ip().to_canonical().is_loopback();
-        self.catalog.search(Asker { member: line.member, loopback }, search).map(Ack::Found)
-    }
-
-    fn list(&mut self, line: &Line, list: &List) -> Result<Ack, Refusal> {
-        let pattern = Pattern::new(&list.glob).map_err(|text| refuse(Code::BadRequest, text))?;
-        let scan = self.catalog.page(&pattern, list.after.as_ref());
-        self.seat(line.member).pace.charge((scan.looked_at / ROWS_A_TOKEN) as i64);
-        Ok(Ack::Page(scan.page))
-    }
-
-    /// Answers one whose address is not proven: always with less than it sent, if need be without
-    /// the text for people.
-    fn refuse_short(
-        &mut self,
-        line: &Line,
-        kind: u8,
-        id: RequestId,
-        mut refusal: Refusal,
-        length: usize,
-    ) {
-        let sealed = |refusal: &Refusal| {
-            HEAD_BYTES + TAG_BYTES + Reply::Error(refusal.clone()).encode(id).len()
-        };
-        if sealed(&refusal) >= length {
-            refusal.text.clear();
-        }
-        if sealed(&refusal) < length {
-            self.reply(line, kind, id, &Reply::Error(refusal));
-        }
-    }
-
-    fn reply(&mut self, line: &Line, asked: u8, id: RequestId, reply: &Reply) {
-        let code = match reply {
-            Reply::Ack(_) => None,
-            Reply::Error(refusal) => Some(refusal.code),
-        };
-        *self.stats.requests.entry((char::from(asked), code)).or_default() += 1;
-        self.send(line, reply.kind(), |out| reply.write(id, out));
-    }
-
-    fn send(&mut self, line: &Line, kind: u8, write: impl FnOnce(&mut Vec<u8>)) {
-        let head = ReplyHead {
-            kind,
-            epoch: line.epoch,
-            member: line.member,
-            salt: line.salt,
-            counter: self.nonce,
-            boot: self.boot,
-            revocations: self.roster.revocations().version,
-            flags: 0,
-        };
-        self.nonce += 1;
-        self.outbox.push(line, &head, write);
-    }
-
-    fn seat(&mut self, member: MemberNumber) -> &mut Seat {
-        let at = member.0 as usize;
-        if self.seats.len() <= at {
-            self.seats.resize_with(at + 1, || None);
-        }
-        self.seats[at].get_or_insert_with(Box::default)
-    }
-
-    fn lease(&self) -> Duration {
-        Duration::from_secs(u64::from(self.settings.heartbeat_s.max(1)) * LEASE_HEARTBEATS)
-    }
-
-    /// A member's lease holds until `until`, if it hosts anything.
-    fn renew(&mut self, member: MemberNumber, until: Moment) {
-        if self.catalog.hosted_by(member) == 0 {
-            return;
-        }
-        let seat = self.seat(member);
-        seat.lease = Some(until);
-        // A renewed lease is not moved in the queue but looked at again when its turn comes.
-        if !std::mem::replace(&mut seat.queued, true) {
-            self.leases.insert((until, member));
-        }
-    }
-
-    fn grant_leases(&mut self, now: Moment) {
-        let until = now + self.lease();
-        let members: Vec<MemberNumber> = self.roster.present().map(|m| m.number).collect();
-        for member in members {
-            let address = self.catalog.address_of(member);
-            if address.is_some() {
-                self.seat(member).saved = address;
-            }
-            self.renew(member, until);
-            self.settle(member);
-        }
-    }
-
-    /// Forgets what members host whose lease is over.
-    fn lapse(&mut self, now: Moment) {
-        while let Some(&(moment, member)) = self.leases.first() {
-            if moment > now {
-                break;
-            }
-            self.leases.pop_first();
-            let seat = self.seat(member);
-            seat.queued = false;
-            match seat.lease {
-                Some(until) if until > now => {
-                    seat.queued = true;
-                    self.leases.insert((until, member));
-                }
-                Some(_) => {
-                    self.stats.lapsed += 1;
-                    self.evict(member);
-                }
-                None => {}
-            }
-        }
-        self.watchers.note(now, self.catalog.sequence());
-    }
-
-    /// Forgets what a member hosts.
-    fn evict(&mut self, member: MemberNumber) {
-        self.catalog.evict(member);
-        self.settle(member);
-    }
-
-    /// After a member's registrations may have changed: what must outlive a restart is saved, and a
-    /// lease on nothing ends.
-    fn settle(&mut self, member: MemberNumber) {
-        while let Some(durable) = self.catalog.poll_journal() {
-            self.outputs.push_back(Output::Save(saved::durable(durable)));
-        }
-        let hosts = self.catalog.hosted_by(member) > 0;
-        let address = self.catalog.address_of(member).filter(|_| hosts);
-        let seat = self.seat(member);
-        if !hosts {
-            seat.lease = None;
-        }
-        if seat.saved != address {
-            seat.saved = address;
-            self.outputs.push_back(Output::Save(saved::address(member, address)));
-        }
-    }
-
     fn save(&mut self, changes: Vec<Change>) {
         self.outputs.extend(changes.into_iter().map(Output::Save));
-    }
-}
-
-impl Seat {
-    /// Keeps a new session; for it goes one that was not used for long, or the one unused longest.
-    fn remember(&mut self, session: Session, now: Moment, most: usize) {
-        self.sessions.retain(|old| now.since(old.used) <= 2 * CookieJar::LIFE);
-        if self.sessions.len() >= most.max(1)
-            && let Some(oldest) = (0..self.sessions.len()).min_by_key(|at| self.sessions[*at].used)
-        {
-            self.sessions.swap_remove(oldest);
-        }
-        self.sessions.push(session);
     }
 }

@@ -3,11 +3,14 @@ use std::net::IpAddr;
 use proptest::prelude::*;
 
 use super::*;
-use crate::id::{ContentId, Name, PeerId, Version};
-use crate::seal::{RequestHead, open, seal_request};
-use crate::trust::{CERTIFICATE_LIFE, CLOCK_SKEW, Certificate, invitation_id, join_tag};
+use crate::id::{ContentId, Name, PeerId, RequestId, Version};
+use crate::seal::{ReplyHead, RequestHead, open, seal_request};
+use crate::trust::{
+    CERTIFICATE_LIFE, CLOCK_SKEW, Certificate, NameRecord, Role, invitation_id, join_tag,
+};
 use crate::wire::datagram::{
-    Found, HEAD_BYTES, HELD_ALL, Notice, Page, Row, Target, Watch, Watching, digest_of,
+    Ack, Found, HEAD_BYTES, HELD_ALL, Item, List, Notice, Page, Register, Registered, Reply,
+    Request, Row, Search, Target, Watch, Watching, digest_of,
 };
 use crate::wire::desk::{self, Ask, DeskCode, InviteTerms, Join, Removal};
 

@@ -9,7 +9,8 @@ use crate::id::MemberNumber;
 use crate::time::{Duration, Moment};
 use crate::wire::datagram::{Code, Notice, ROWS_ROOM, Refusal, Row, Watch, Watching};
 
-use super::{Line, Registrar};
+use super::Registrar;
+use super::gate::Line;
 
 /// A watch that is not renewed lapses after this.
 const LEASE: Duration = Duration::from_secs(90);
