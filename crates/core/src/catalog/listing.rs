@@ -146,23 +146,22 @@ impl Catalog {
             Some(after) if after >= prefix => Bound::Excluded(after),
             _ => Bound::Included(prefix),
         };
-        let names = self.by_name.range::<str, _>((start, Bound::Unbounded));
+        let names = self.names.range::<str, _>((start, Bound::Unbounded));
         names.take_while(|(name, _)| name.as_str().starts_with(prefix)).all(|(name, at)| {
             filling.looked_at += 1;
             let name = name.as_str();
             let Some(newest) = self.named[*at as usize].newest() else { return true };
-            let slot = self.by_id[&newest.id];
-            self.contents[slot as usize].hosts.is_empty()
+            self.contents[newest.slot as usize].hosts.is_empty()
                 || pattern.globs.as_ref().is_some_and(|globs| !globs.is_match(name))
-                || filling.fits(|| self.row(slot, Some(*at)))
+                || filling.fits(|| self.row(newest.slot, Some(*at)))
         })
     }
 
     /// The whole listing. O(everything): for tests and the simulator.
     pub fn listing(&self) -> Vec<Row> {
         let nameless = self.nameless.values().map(|slot| self.row(*slot, None));
-        let named = self.by_name.values().filter_map(|at| {
-            let slot = self.by_id[&self.named[*at as usize].newest()?.id];
+        let named = self.names.values().filter_map(|at| {
+            let slot = self.named[*at as usize].newest()?.slot;
             let hosted = !self.contents[slot as usize].hosts.is_empty();
             hosted.then(|| self.row(slot, Some(*at)))
         });
@@ -191,7 +190,7 @@ impl Catalog {
             size: content.size,
             hosts: content.hosts.len() as u32,
             complete: content.complete,
-            version: named.and_then(|n| n.newest()).map(|record| record.version),
+            version: named.and_then(|n| n.newest()).map(|newest| newest.record.version),
             publisher: named.map(|n| n.owner),
         }
     }

@@ -164,7 +164,9 @@ pub struct Catalog {
     free: Vec<Slot>,
     /// Contents that are hosted and not the newest version of any name: the first part of the listing.
     nameless: BTreeMap<ContentId, Slot>,
-    by_name: BTreeMap<Name, u32>,
+    by_name: HashMap<Name, u32, Seeded>,
+    /// The same in the order of names: the second part of the listing.
+    names: BTreeMap<Name, u32>,
     named: Vec<Named>,
     records: usize,
     signed: BTreeMap<PeerId, usize>,
@@ -191,7 +193,8 @@ impl Catalog {
             contents: Vec::new(),
             free: Vec::new(),
             nameless: BTreeMap::new(),
-            by_name: BTreeMap::new(),
+            by_name: HashMap::with_hasher(seeded),
+            names: BTreeMap::new(),
             named: Vec::new(),
             records: 0,
             signed: BTreeMap::new(),
@@ -454,7 +457,7 @@ impl Catalog {
         }
         let record = hosted.named.as_ref().and_then(|(name, version)| {
             let named = &self.named[*self.by_name.get(name.as_str())? as usize];
-            named.versions.get(version).cloned()
+            named.version(*version).map(|published| published.record.clone())
         });
         let held = if hosted.complete { HELD_ALL } else { 0 };
         self.host(member, &Item { id, size: hosted.size, held, name: record }, false);

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::id::{ContentId, Name, PeerId, Version};
+use crate::id::{Name, PeerId, Version};
 use crate::trust::NameRecord;
 use crate::wire::datagram::{Code, Refusal, Target};
 
@@ -13,13 +13,29 @@ use super::{Catalog, Durable, Slot, refuse};
 pub(super) struct Named {
     pub(super) name: Name,
     pub(super) owner: PeerId,
-    /// Never empty; the last is the newest.
-    pub(super) versions: BTreeMap<Version, NameRecord>,
+    /// In their order; never empty, and the last is the newest.
+    pub(super) versions: Vec<Published>,
+}
+
+/// A version of a name.
+pub(super) struct Published {
+    pub(super) record: NameRecord,
+    /// Of its content, which is known for as long as the version is.
+    pub(super) slot: Slot,
 }
 
 impl Named {
-    pub(super) fn newest(&self) -> Option<&NameRecord> {
-        self.versions.last_key_value().map(|(_, record)| record)
+    pub(super) fn newest(&self) -> Option<&Published> {
+        self.versions.last()
+    }
+
+    pub(super) fn version(&self, version: Version) -> Option<&Published> {
+        self.place_of(version).ok().map(|at| &self.versions[at])
+    }
+
+    /// Where this version stands, or where it belongs.
+    fn place_of(&self, version: Version) -> Result<usize, usize> {
+        self.versions.binary_search_by_key(&version, |published| published.record.version)
     }
 }
 
@@ -47,14 +63,18 @@ impl Catalog {
         if named.owner != record.publisher {
             return Err(refuse(Code::NameTaken, "another machine owns this name"));
         }
-        if let Some(known) = named.versions.get(&record.version) {
-            if known.id != record.id {
-                return Err(stale(named));
+        let place = match named.place_of(record.version) {
+            Ok(at) => {
+                let known = &named.versions[at].record;
+                if known.id != record.id {
+                    return Err(stale(named));
+                }
+                return Ok(Weighed { known: true, same_bytes: known == record });
             }
-            return Ok(Weighed { known: true, same_bytes: known == record });
-        }
-        if let Some((_, later)) = named.versions.range(record.version..).next()
-            && record.time > later.time
+            Err(place) => place,
+        };
+        if let Some(later) = named.versions.get(place)
+            && record.time > later.record.time
         {
             return Err(stale(named));
         }
@@ -82,12 +102,10 @@ impl Catalog {
 
     /// The oldest version that nobody hosts, but never the newest one.
     fn forgettable(&self, named: &Named) -> Option<Version> {
-        let (newest, _) = named.versions.last_key_value()?;
-        let unhosted = |(version, record): (&Version, &NameRecord)| {
-            let slot = *self.by_id.get(&record.id)?;
-            self.contents[slot as usize].hosts.is_empty().then_some(*version)
-        };
-        named.versions.range(..newest).find_map(unhosted)
+        let (_, older) = named.versions.split_last()?;
+        let unhosted =
+            |published: &&Published| self.contents[published.slot as usize].hosts.is_empty();
+        older.iter().find(unhosted).map(|published| published.record.version)
     }
 
     /// Enters a record that was weighed and verified, and is new.
@@ -96,9 +114,11 @@ impl Catalog {
             Some(at) => *at,
             None => {
                 let at = self.named.len() as u32;
-                self.by_name.insert(record.name.clone(), at);
                 let (name, owner) = (record.name.clone(), record.publisher);
-                self.named.push(Named { name, owner, versions: BTreeMap::new() });
+                self.by_name.insert(name.clone(), at);
+                self.names.insert(name.clone(), at);
+                // Most names have one version: do not begin with four.
+                self.named.push(Named { name, owner, versions: Vec::with_capacity(1) });
                 at
             }
         };
@@ -111,9 +131,10 @@ impl Catalog {
         self.contents[slot as usize].records += 1;
         self.records += 1;
         *self.signed.entry(record.publisher).or_default() += 1;
-        let named = &self.named[at as usize];
-        let before = named.newest().map(|newest| (newest.version, self.by_id[&newest.id]));
-        self.named[at as usize].versions.insert(record.version, record.clone());
+        let named = &mut self.named[at as usize];
+        let before = named.newest().map(|newest| (newest.record.version, newest.slot));
+        let (Ok(place) | Err(place)) = named.place_of(record.version);
+        named.versions.insert(place, Published { record: record.clone(), slot });
         match before {
             Some((newest, _)) if newest > record.version => {} // a piece of history
             Some((_, before)) if before == slot => self.touch(slot),
@@ -139,26 +160,28 @@ impl Catalog {
     /// The versions of the `nth` name there ever was, as they were told to outlive a restart; `None`
     /// where there were not so many.
     pub fn durable_names(&self, nth: usize) -> Option<impl Iterator<Item = Durable>> {
-        self.named.get(nth).map(|named| named.versions.values().cloned().map(Durable::Record))
+        self.named.get(nth).map(|named| {
+            named.versions.iter().map(|published| Durable::Record(published.record.clone()))
+        })
     }
 
     /// Whether exactly this record is known.
     pub fn has_record(&self, record: &NameRecord) -> bool {
-        let at = self.by_name.get(record.name.as_str());
-        at.is_some_and(|at| self.named[*at as usize].versions.get(&record.version) == Some(record))
+        let named = self.by_name.get(record.name.as_str()).map(|at| &self.named[*at as usize]);
+        let known = named.and_then(|named| named.version(record.version));
+        known.is_some_and(|known| known.record == *record)
     }
 
     fn forget(&mut self, at: u32, version: Version) {
         let named = &mut self.named[at as usize];
-        let Some(record) = named.versions.remove(&version) else { return };
+        let Ok(place) = named.place_of(version) else { return };
+        let Published { record, slot } = named.versions.remove(place);
         self.records -= 1;
         if let Some(signed) = self.signed.get_mut(&record.publisher) {
             *signed -= 1;
         }
-        if let Some(&slot) = self.by_id.get(&record.id) {
-            self.contents[slot as usize].records -= 1;
-            self.settle(slot);
-        }
+        self.contents[slot as usize].records -= 1;
+        self.settle(slot);
         self.journal.push_back(Durable::Forgotten(record.name, version));
     }
 
@@ -204,37 +227,34 @@ impl Catalog {
         name: &Name,
         version: Option<Version>,
     ) -> Result<(Slot, Option<&NameRecord>), Refusal> {
-        let shown = shown(name);
         let Some(&at) = self.by_name.get(name.as_str()) else {
-            return Err(not_found(format!("nothing is named {shown}")));
+            return Err(not_found(format!("nothing is named {}", shown(name))));
         };
         let named = &self.named[at as usize];
-        let newest = named.newest().map_or(Version(0), |record| record.version);
-        let Some(record) = named.versions.get(&version.unwrap_or(newest)) else {
-            let asked = version.unwrap_or(newest);
-            return Err(not_found(format!(
-                "{shown} has no version @{asked}; its newest is @{newest}"
-            )));
-        };
-        if let Some(slot) = self.hosted_slot(&record.id) {
-            return Ok((slot, Some(record)));
+        let hosted =
+            |published: &&Published| !self.contents[published.slot as usize].hosts.is_empty();
+        let found = version.map_or_else(|| named.newest(), |version| named.version(version));
+        if let Some(Published { record, slot }) = found.filter(hosted) {
+            return Ok((*slot, Some(record)));
         }
-        let hosted = |record: &&NameRecord| self.hosted_slot(&record.id).is_some();
-        let (asked, which) =
-            (record.version, if record.version == newest { "newest " } else { "" });
+        let shown = shown(name);
+        let newest = named.newest().map_or(Version(0), |newest| newest.record.version);
+        let asked = version.unwrap_or(newest);
+        if found.is_none() {
+            let text = format!("{shown} has no version @{asked}; its newest is @{newest}");
+            return Err(not_found(text));
+        }
+        let which = if asked == newest { "newest " } else { "" };
         let what = format!("{shown} exists, but its {which}version @{asked} has no host now");
         Err(refuse(
             Code::NoHosts,
-            match named.versions.values().rev().find(hosted) {
-                Some(other) => format!("{what}; @{0} has: ask for {shown}@{0}", other.version),
+            match named.versions.iter().rev().find(hosted) {
+                Some(Published { record: NameRecord { version, .. }, .. }) => {
+                    format!("{what}; @{version} has: ask for {shown}@{version}")
+                }
                 None => format!("{what}, nor has any other: wait, or start a machine that has it"),
             },
         ))
-    }
-
-    fn hosted_slot(&self, id: &ContentId) -> Option<Slot> {
-        let slot = *self.by_id.get(id)?;
-        (!self.contents[slot as usize].hosts.is_empty()).then_some(slot)
     }
 
     pub(super) fn check_names(&self) {
@@ -243,15 +263,18 @@ impl Catalog {
         for (at, named) in self.named.iter().enumerate() {
             assert_eq!(self.by_name.get(named.name.as_str()), Some(&(at as u32)));
             let newest = named.newest().expect("a name has no version");
-            let slot = self.by_id.get(&newest.id).expect("a name's content is not known");
-            let names = &self.contents[*slot as usize].names;
+            let names = &self.contents[newest.slot as usize].names;
             assert!(names.contains(&(at as u32)), "a content does not know its name");
-            for (version, record) in &named.versions {
-                assert_eq!((record.version, record.publisher), (*version, named.owner));
+            assert!(named.versions.is_sorted_by(|a, b| a.record.version < b.record.version));
+            for Published { record, slot } in &named.versions {
+                assert_eq!(record.publisher, named.owner);
+                assert_eq!(self.by_id.get(&record.id), Some(slot), "a version's content moved");
                 *signed.entry(record.publisher).or_default() += 1;
                 records += 1;
             }
         }
+        assert!(self.names.len() == self.by_name.len(), "names stand in one order only");
+        assert!(self.names.iter().all(|(name, at)| self.by_name.get(name) == Some(at)));
         assert_eq!(records, self.records, "records are miscounted");
         let counted = self.signed.iter().filter(|(_, n)| **n > 0).map(|(p, n)| (*p, *n));
         assert!(signed.into_iter().eq(counted), "a publisher's records are miscounted");
@@ -263,7 +286,7 @@ impl Catalog {
 }
 
 fn stale(named: &Named) -> Refusal {
-    let newest = named.newest().map_or(0, |record| record.version.0);
+    let newest = named.newest().map_or(0, |newest| newest.record.version.0);
     refuse(Code::StaleVersion, format!("it stands at @{newest}: publish a newer one"))
 }
 
