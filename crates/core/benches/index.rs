@@ -3,8 +3,9 @@
 
 #![allow(
     missing_docs,
+    clippy::disallowed_methods,
     clippy::unwrap_used,
-    reason = "a bench ends where something is not as it should be"
+    reason = "a bench measures time, and ends where something is not as it should be"
 )]
 
 use std::net::SocketAddr;
@@ -30,6 +31,9 @@ const NAMED: u32 = 2_000;
 /// Requests thought of at once.
 const BATCH: usize = 64;
 const WALL: WallTime = WallTime(1_800_000_000);
+
+/// A request, by the dice: of or near a content, and which of a hundred.
+type Kind = fn(content: u32, nth: u32) -> Request;
 
 struct Member {
     key: MachineKey,
@@ -176,7 +180,7 @@ impl Network {
         ((self.dice >> 33) % u64::from(n)) as u32
     }
 
-    fn batch(&mut self, what: fn(u32, u32) -> Request) -> Vec<(SocketAddr, Vec<u8>)> {
+    fn batch(&mut self, what: Kind) -> Vec<(SocketAddr, Vec<u8>)> {
         let mut one = || {
             let (at, content, nth) = (self.throw(MEMBERS), self.throw(CONTENTS), self.throw(100));
             self.seal(at as usize, &what(content, nth))
@@ -239,7 +243,7 @@ fn requests(c: &mut Criterion) {
     let mut network = Network::new();
     let mut group = c.benchmark_group("index");
     group.throughput(Throughput::Elements(BATCH as u64));
-    let kinds: [(&str, fn(u32, u32) -> Request); 4] = [
+    let kinds: [(&str, Kind); 4] = [
         ("60 % heartbeats, 35 % searches, 5 % lists", mixed),
         ("heartbeats", |_, _| heartbeat(vec![])),
         ("searches", search),

@@ -3,6 +3,7 @@
 //! for what the program says.
 
 #![allow(dead_code, reason = "each file of tests needs a part of it")]
+#![allow(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
