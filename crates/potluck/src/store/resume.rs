@@ -52,12 +52,16 @@ pub(super) fn resume_all(shared: &Arc<Shared>, replicas: &mut Replicas) -> Resul
         match resume(shared, &path) {
             Ok(Some(replica)) => drop(replicas.insert(replica.id(), replica)),
             Ok(None) => {
+                // It claims nothing either way, and a new fetch's journal takes its place.
                 let aside = path.with_extension("broken");
+                let moved_to = match std::fs::rename(&path, &aside) {
+                    Ok(()) => aside.display().to_string(),
+                    Err(error) => format!("nowhere, for {error}"),
+                };
                 tracing::warn!(
-                    path = %path.display(), moved_to = %aside.display(),
+                    path = %path.display(), moved_to,
                     "the journal of a download is broken: it has to be fetched again",
                 );
-                std::fs::rename(&path, aside).map_err(failed)?;
             }
             Err(error) => {
                 tracing::warn!(%error, path = %path.display(), "a download cannot be taken up");

@@ -732,6 +732,31 @@ fn a_broken_journal_is_moved_aside() {
 }
 
 #[test]
+fn a_broken_journal_that_cannot_be_moved_aside_stops_nothing() {
+    // The peer did not start.
+    let (from, mut to) = (Bench::new(), Bench::new());
+    let sources = [("f", 8), ("g", 9)].map(|(name, seed)| {
+        fs::write(from.at(name), some_bytes(2 * PIECE, seed)).unwrap();
+        from.share(name)
+    });
+    let journals = || {
+        let all =
+            fs::read_dir(to.at("state/peer/journal")).unwrap().map(|item| item.unwrap().path());
+        all.collect::<BTreeSet<_>>()
+    };
+    drop(to.fetch(&sources[0], "f").unwrap());
+    let path = journals().pop_first().unwrap();
+    drop(to.fetch(&sources[1], "g").unwrap());
+    fs::write(&path, "junk").unwrap();
+    fs::create_dir(path.with_extension("broken")).unwrap();
+    let resumed = to.restart();
+    assert_eq!(resumed.iter().map(|replica| replica.id()).collect::<Vec<_>>(), [sources[1].id()]);
+    let replica = to.fetch(&sources[0], "f").unwrap();
+    carry(&sources[0], &replica, shuffled(&sources[0], 0));
+    replica.finish().unwrap();
+}
+
+#[test]
 fn a_part_that_is_gone_or_short_holds_nothing() {
     let (from, mut to) = (Bench::new(), Bench::new());
     fs::write(from.at("f"), some_bytes(9 * PIECE, 8)).unwrap();
