@@ -162,8 +162,12 @@ impl Tool for Rqbit {
 
     fn serve(&mut self, at: &Host, what: &Path) -> Result<Running> {
         self.0.make(at, what)?;
+        // It sets the length of what it seeds, which others then take for changed.
+        let own = at.home.join("own");
+        fs::create_dir(&own)?;
+        proc::output(Command::new("cp").arg("-r").arg(what).arg(&own))?;
         let mut seed = Self::peer(at)?;
-        seed.args(["download", "--overwrite", "-o"]).arg(folder_of(what)?).arg(&self.0.file);
+        seed.args(["download", "--overwrite", "-o"]).arg(&own).arg(&self.0.file);
         let mut seed = at.start(&mut seed)?;
         at.wait_until_it_listens(&mut seed)?;
         Ok(seed)
